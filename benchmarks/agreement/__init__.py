@@ -1,0 +1,1 @@
+"""What `benchmarks/alignment.py` is made of."""

@@ -1,0 +1,1 @@
+"""What `engine.py` measures: models, workloads, the sides, the machine's roofline, and the table."""

@@ -1,0 +1,10 @@
+"""The supported model families. A new one is a module with a `FAMILY` and a line here."""
+
+from __future__ import annotations
+
+from miles.arch.families import llama, qwen2, qwen3, qwen3_moe
+from miles.arch.family import Family
+
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.name: module.FAMILY for module in (qwen3, qwen3_moe, qwen2, llama)
+}

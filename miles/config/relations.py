@@ -1,0 +1,130 @@
+"""How settings depend on each other, as tables that `validation.py` reads."""
+
+from __future__ import annotations
+
+NEEDS = {
+    "algorithm.kl_loss_coef": "algorithm.use_kl_loss",
+    "algorithm.use_unbiased_kl": "algorithm.use_kl_loss",
+    "algorithm.opsm_delta": "algorithm.use_opsm",
+    "correction.tis_threshold": "correction.use_tis",
+    "correction.tis_clip": "correction.use_tis",
+    "correction.tis_clip_low": "correction.use_tis",
+    "correction.tis_level": "correction.use_tis",
+    "correction.tis_batch_normalize": "correction.use_tis",
+    "correction.rs_level": "correction.use_rs",
+    "correction.rs_lower_bound": "correction.use_rs",
+    "correction.rs_upper_bound": "correction.use_rs",
+    "correction.rs_veto_threshold": "correction.use_rs",
+    "data.apply_chat_template_kwargs": "data.apply_chat_template",
+    "data.chat_template_path": "data.apply_chat_template",
+    "distillation.opd_type": "distillation.use_opd",
+    "distillation.opd_kl_coef": "distillation.use_opd",
+    "distillation.opd_teacher_load": "distillation.use_opd",
+    "distillation.opd_teacher_urls": "distillation.use_opd",
+    "fault_tolerance.rollout_health_check_interval": "fault_tolerance.use_fault_tolerance",
+    "fault_tolerance.rollout_health_check_timeout": "fault_tolerance.use_fault_tolerance",
+    "fault_tolerance.rollout_health_check_first_wait": "fault_tolerance.use_fault_tolerance",
+    "optimizer.overlap_cpu_optimizer_d2h_h2d": "optimizer.optimizer_cpu_offload",
+    "parallel.overlap_param_gather": "parallel.use_distributed_optimizer",
+    "precision.fp8_recipe": "precision.fp8_format",
+    "precision.fp8_param_gather": "precision.fp8_format",
+    "precision.fp4_recipe": "precision.fp4_format",
+    "precision.int4_group_size": "precision.int4_qat",
+    "record.tb_project_name": "record.use_tensorboard",
+    "record.tb_experiment_name": "record.use_tensorboard",
+    "record.wandb_mode": "record.use_wandb",
+    "record.wandb_project": "record.use_wandb",
+    "record.wandb_group": "record.use_wandb",
+    "record.wandb_team": "record.use_wandb",
+    "record.wandb_host": "record.use_wandb",
+    "record.mlflow_tracking_uri": "record.use_mlflow",
+    "record.mlflow_experiment_name": "record.use_mlflow",
+    "record.prometheus_port": "record.use_prometheus",
+    "reward.overlong_penalty_factor": "reward.overlong_buffer_len",
+    "rollout.mask_offpolicy_in_partial_rollout": "rollout.partial_rollout",
+    "rollout.async_max_concurrent_samples": "rollout.fully_async",
+    "rollout.async_data_buffer_capacity_factor": "rollout.fully_async",
+    "rollout.async_unused_samples_handler": "rollout.fully_async",
+    "sglang.speculative_num_steps": "sglang.speculative_algorithm",
+    "sglang.speculative_eagle_topk": "sglang.speculative_algorithm",
+    "sglang.speculative_num_draft_tokens": "sglang.speculative_algorithm",
+    "sglang.speculative_draft_model_path": "sglang.speculative_algorithm",
+    "speculative.enable_mtp_training": "speculative.mtp_num_layers",
+    "speculative.mtp_training_steps": "speculative.enable_mtp_training",
+    "training.use_dynamic_batch_size": "training.max_tokens_per_gpu",
+    "training.recompute_method": "training.recompute_granularity",
+    "training.recompute_num_layers": "training.recompute_granularity",
+    "training.recompute_modules": "training.recompute_granularity",
+    "debug.load_debug_rollout_data_subsample": "debug.load_debug_rollout_data",
+}
+"""Left has no effect, or cannot work, without right."""
+
+EXCLUSIVE = (
+    (
+        "algorithm.kl_coef",
+        "algorithm.kl_loss_coef",
+        "the KL penalty belongs in the reward or in the loss",
+    ),
+    (
+        "correction.use_tis",
+        "algorithm.use_rollout_logprobs",
+        "with the engine's log-probs as the old policy, every importance weight is 1",
+    ),
+    (
+        "correction.tis_threshold",
+        "correction.tis_clip",
+        "the threshold masks weights outside [T, 1/T], tis_clip cuts them",
+    ),
+    (
+        "correction.tis_threshold",
+        "correction.tis_clip_low",
+        "the threshold masks, tis_clip_low raises",
+    ),
+    ("rollout.num_rollout", "rollout.num_epoch", "each of them gives the length of the run"),
+    ("rollout.one_step_ahead", "rollout.fully_async", "they are two different schedules"),
+    (
+        "cluster.colocate",
+        "rollout.one_step_ahead",
+        "colocated trainer and engines take turns",
+    ),
+    ("cluster.colocate", "rollout.fully_async", "colocated trainer and engines take turns"),
+    (
+        "alignment.true_on_policy_mode",
+        "rollout.one_step_ahead",
+        "samples of older weights cannot agree with the weights that learn from them",
+    ),
+    (
+        "alignment.true_on_policy_mode",
+        "rollout.fully_async",
+        "samples of older weights cannot agree with the weights that learn from them",
+    ),
+    (
+        "training.use_dynamic_batch_size",
+        "training.micro_batch_size",
+        "a token budget or a sample count decides",
+    ),
+    ("precision.bf16", "precision.fp16", "a run has one type of weights"),
+    ("precision.fp8_format", "precision.fp4_format", "a run has one low-precision format for training"),
+    ("precision.fp8_format", "precision.int4_qat", "a run has one low-precision format for training"),
+    ("precision.fp4_format", "precision.int4_qat", "a run has one low-precision format for training"),
+    ("debug.debug_rollout_only", "debug.debug_train_only", "nothing would be left to do"),
+    (
+        "alignment.true_on_policy_mode",
+        "correction.use_tis",
+        "trainer and engine agree: every weight is 1",
+    ),
+)
+"""Pairs that cannot both be in force."""
+
+MERELY_WRITTEN = ("correction.tis_clip", "correction.tis_clip_low", "training.micro_batch_size")
+"""Settings whose default is itself a choice: written down at all, they contradict their counterpart."""
+
+ORDERED = (
+    ("correction.tis_clip_low", "correction.tis_clip"),
+    ("correction.rs_lower_bound", "correction.rs_upper_bound"),
+    ("optimizer.min_lr", "optimizer.lr"),
+    ("rollout.rollout_batch_size", "rollout.over_sampling_batch_size"),
+    ("rollout.rollout_max_prompt_len", "rollout.rollout_max_context_len"),
+    ("eval.eval_max_prompt_len", "eval.eval_max_context_len"),
+)
+"""Left is at most right."""

@@ -1,0 +1,29 @@
+"""`[checkpoint]`: what is kept, and how often."""
+
+from __future__ import annotations
+
+from pydantic import PositiveInt
+
+from miles.config.sections.base import Section
+
+
+class CheckpointSection(Section):
+    """Training checkpoints: weights, optimizer state, random streams, position in the data."""
+
+    save: str | None = None
+    """Directory of checkpoints; default: `checkpoints/` in the run directory."""
+
+    save_interval: PositiveInt | None = None
+    """Save every so many rollouts; default: only after the last."""
+
+    keep_checkpoints: PositiveInt | None = None
+    """Newest checkpoints that are kept; default: all."""
+
+    no_save_optim: bool = False
+    """Leave optimizer state out; such a checkpoint cannot be resumed."""
+
+    async_save: bool = False
+    """Write while training goes on."""
+
+    custom_megatron_post_save_hook_path: str | None = None
+    """Python path of a function called after each save of the Megatron trainer."""

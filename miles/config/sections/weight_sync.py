@@ -1,0 +1,29 @@
+"""`[weight_sync]`: how new weights reach the engines."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from miles.config.sections.base import Section
+
+
+class WeightSyncSection(Section):
+    """Transport and rhythm of weight updates."""
+
+    update_weights_interval: PositiveInt = 1
+    """Rollouts between two updates."""
+
+    update_weight_transfer_mode: Literal["broadcast", "disk"] | None = None
+    """Transport between processes; default: shared memory under `colocate`, else broadcast."""
+
+    update_weight_buffer_size: PositiveInt = 512 * 1024**2
+    """Bytes per bucket."""
+
+    update_weight_disk_dir: str | None = None
+    """Directory that trainer and engines share (`disk`)."""
+
+    pause_generation_mode: Literal["abort", "retract", "in_place"] = "retract"
+    """What happens to running requests: ended, sent back to recompute their cache, or continued on the old
+    cache."""

@@ -1,0 +1,1 @@
+"""Samples, prompt sources, tokenizers and chat templates, packing, TrainBatch."""

@@ -1,0 +1,1 @@
+"""Runs of other systems: their metric files read into a History under our metric names."""

@@ -1,0 +1,42 @@
+"""The rule base, in the order in which it is told."""
+
+from __future__ import annotations
+
+from miles.diagnosis.rule import Rule
+from miles.diagnosis.rules import (
+    collapse,
+    data,
+    engine,
+    exceptions,
+    hacking,
+    identity,
+    importance,
+    liveness,
+    mismatch,
+    numerics,
+    optimisation,
+    policy,
+    rollout,
+    routing,
+    throughput,
+)
+
+RULES: tuple[Rule, ...] = (
+    *liveness.RULES,
+    *exceptions.RULES,
+    *numerics.RULES,
+    *identity.RULES,
+    *mismatch.RULES,
+    *importance.RULES,
+    *routing.RULES,
+    *engine.RULES,
+    *data.RULES,
+    *hacking.RULES,
+    *collapse.RULES,
+    *optimisation.RULES,
+    *policy.RULES,
+    *rollout.RULES,
+    *throughput.RULES,
+)
+
+BY_ID = {rule.id: rule for rule in RULES}

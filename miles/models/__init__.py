@@ -1,0 +1,1 @@
+"""The native decoder and its blocks, routing, and log-probs: one implementation for both sides."""

@@ -1,0 +1,153 @@
+"""How the tokens of one forward attend: packed sequences, a chunk of a cached one, or one new token for each
+of several cached ones.
+
+Shapes: T tokens, N sequences, L longest sequence, H query heads, Hkv key/value heads, d head width,
+S key positions. Inside a layer tokens are flat; each object lays them out as its attention needs.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miles.arch.spec import AttentionSpec
+from miles.models.kv_cache import KVCache
+from miles.models.token_grid import TokenGrid
+
+EXPLICIT_MAX_LEN = 128
+"""Up to this length scores are materialised: on CPU that beats torch's blocked kernel on short sequences."""
+
+KEY_BLOCK = 16
+"""Decode reads a whole number of such blocks of keys, so that few distinct shapes occur."""
+
+
+CHUNK_QUERIES = 512
+"""Queries of a chunk that attend at once, so that their mask stays small beside the keys."""
+
+
+class Attention(Protocol):
+    """The attention of one forward pass; the decoder calls `attend` once per layer."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        """q [T, H, d], k, v [T, Hkv, d], rotated -> [T, H * d]."""
+        ...
+
+
+class PackedAttention:
+    """Causal attention inside each of N sequences that lie one after another in the flat tokens.
+
+    Args:
+        cu_seqlens: [N + 1] whole numbers, sequence n is tokens cu_seqlens[n] : cu_seqlens[n + 1].
+        cache, slots: when given, the keys and values of sequence n are also written to slot slots[n],
+            from position 0 on.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None) -> None:
+        self.grid = TokenGrid(cu_seqlens)
+        self.num_sequences = self.grid.num_sequences
+        self.max_len = int(self.grid.lengths.max())
+        self._mask: Tensor | None = None
+        self._cache = cache
+        if cache is not None:
+            self._cache_rows = prompt_rows(cache, slots, self.grid)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        if self._cache is not None:
+            self._cache.write(layer, self._cache_rows, k, v)
+        if self.num_sequences == 1 and self.max_len > EXPLICIT_MAX_LEN:
+            q_HTd, k_HTd, v_HTd = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(q_HTd, k_HTd, v_HTd, is_causal=True, enable_gqa=True)
+            return out[0].transpose(0, 1).flatten(1)
+        q_grid, k_grid, v_grid = (self.grid.lay_out(x, self.max_len) for x in (q, k, v))
+        if self.max_len <= EXPLICIT_MAX_LEN:
+            return self.grid.flatten(self.explicit(q_grid, k_grid, v_grid))
+        out = F.scaled_dot_product_attention(q_grid, k_grid, v_grid, is_causal=True, enable_gqa=True)
+        return self.grid.flatten(out)
+
+    def explicit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Laid out in the grid, L tokens wide: q [N, H, L, d], k, v [N, Hkv, L, d] -> [N, H, L, d]."""
+        batch, d = k.shape[0] * k.shape[1], k.shape[3]
+        if self._mask is None:
+            causal = torch.full((self.max_len, self.max_len), float("-inf"), dtype=q.dtype, device=q.device)
+            self._mask = causal.triu_(1).repeat(q.shape[1] // k.shape[1], 1)
+        k, v = k.view(batch, -1, d), v.view(batch, -1, d)
+        scores = torch.baddbmm(self._mask, q.view(batch, -1, d), k.transpose(1, 2), alpha=d**-0.5)
+        return torch.bmm(torch.softmax(scores, -1), v).view(q.shape)
+
+
+def prompt_rows(cache: KVCache, slots: Tensor | None, grid: TokenGrid) -> Tensor:
+    """Where the keys of packed sequences, given in the order of `slots`, belong in the cache."""
+    assert slots is not None, "a cache needs the slot of each sequence"
+    return cache.rows(slots[grid.sequence_of_token], grid.position_of_token)
+
+
+class ChunkAttention:
+    """The next T tokens of one sequence, which attend to the `start` positions before them in its cache slot.
+
+    Their keys and values are written to positions start, start + 1, … of the slot.
+    """
+
+    def __init__(self, cache: KVCache, slot: int, start: int, num_tokens: int) -> None:
+        self._cache, self._slot, self._start, self._stop = cache, slot, start, start + num_tokens
+        assert self._stop <= cache.max_len, "a sequence outgrew its cache slot"
+        self._rows = chunk_rows(cache, slot, start, self._stop)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        cache, slot = self._cache, self._slot
+        cache.write(layer, self._rows, k, v)
+        outputs = []
+        for start in range(self._start, self._stop, CHUNK_QUERIES):
+            stop = min(start + CHUNK_QUERIES, self._stop)
+            queries = q[start - self._start : stop - self._start].transpose(0, 1)
+            keys, values = cache.keys[layer, slot, :, :stop], cache.values[layer, slot, :, :stop]
+            positions = torch.arange(start, stop, device=q.device)
+            mask = beyond_mask(positions, stop, q.dtype).squeeze(1)
+            out = F.scaled_dot_product_attention(
+                queries.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), mask, enable_gqa=True
+            )
+            outputs.append(out[0].transpose(0, 1).flatten(1))
+        return torch.cat(outputs)
+
+
+def chunk_rows(cache: KVCache, slot: int, start: int, stop: int) -> Tensor:
+    """Where positions start..stop-1 of one slot live in a layer seen as rows, see `KVCache.rows`."""
+    positions = torch.arange(start, stop, device=cache.keys.device)
+    return cache.rows(torch.full_like(positions, slot), positions)
+
+
+class CachedAttention:
+    """One new token for each of the first n slots of a cache, attending to all that the slot holds.
+
+    Args:
+        lengths: int64 [n], positions already filled in slots 0..n-1: where the new token is written.
+    """
+
+    def __init__(self, cache: KVCache, lengths: Tensor) -> None:
+        self._cache = cache
+        self.num_sequences = lengths.numel()
+        filled = int(lengths.max()) + 1
+        assert filled <= cache.max_len, "a sequence outgrew its cache slot"
+        self.num_keys = min(-(-filled // KEY_BLOCK) * KEY_BLOCK, cache.max_len)
+        slots = torch.arange(self.num_sequences, device=lengths.device)
+        self._rows = cache.rows(slots, lengths)
+        self._mask = beyond_mask(lengths, self.num_keys, cache.keys.dtype)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        cache, n = self._cache, self.num_sequences
+        cache.write(layer, self._rows, k, v)
+        keys = cache.keys[layer, :n, :, : self.num_keys].flatten(0, 1)
+        values = cache.values[layer, :n, :, : self.num_keys].flatten(0, 1)
+        queries = (q * spec.head_dim**-0.5).view(n * spec.num_kv_heads, -1, spec.head_dim)
+        scores = torch.bmm(queries, keys.transpose(1, 2))
+        scores.view(n, spec.num_heads, self.num_keys).add_(self._mask)
+        return torch.bmm(torch.softmax(scores, -1), values).view(n, spec.query_width)
+
+
+def beyond_mask(positions: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """[n, 1, num_keys]: 0 up to each row's own position (int64 [n]), -inf beyond."""
+    beyond = torch.arange(num_keys, device=positions.device) > positions.unsqueeze(1)
+    mask = torch.zeros(beyond.shape, dtype=dtype, device=positions.device)
+    return mask.masked_fill_(beyond, float("-inf")).unsqueeze(1)

@@ -1,0 +1,177 @@
+"""The native decoder: one class for the trainer and the engine, driven by ArchSpec, over flat tokens.
+
+>>> decoder = Decoder(spec); decoder.init_weights(torch.Generator().manual_seed(0))
+>>> hidden = decoder(tokens, positions, PackedAttention(cu_seqlens), Router.decide())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, MoeSpec
+from miles.models.attention import Attention
+from miles.models.mlp import DenseMlp, MoeMlp
+from miles.models.norm import rms_norm
+from miles.models.numerics import FAST, Numerics
+from miles.models.recompute import RecomputedModule, again, once
+from miles.models.routing import Router
+
+
+class AttentionBlock(nn.Module):
+    """Fused projection qkv [(H + 2 Hkv) d, D] (queries, keys, values), head norms [d] where the model has
+    them, output o [D, H d]. `input_size`: what qkv reads, where that is not D.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        hidden_size: int,
+        eps: float,
+        dtype: torch.dtype,
+        input_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.eps = spec, eps
+        self.recompute_modules: frozenset[RecomputedModule] = frozenset()
+        self.numerics: Numerics = FAST
+        self.qkv = nn.Parameter(torch.empty(spec.qkv_width, input_size or hidden_size, dtype=dtype))
+        self.qkv_bias = nn.Parameter(torch.empty(spec.qkv_width, dtype=dtype)) if spec.qkv_bias else None
+        self.q_norm = nn.Parameter(torch.empty(spec.head_dim, dtype=dtype)) if spec.qk_norm else None
+        self.k_norm = nn.Parameter(torch.empty(spec.head_dim, dtype=dtype)) if spec.qk_norm else None
+        self.o = nn.Parameter(torch.empty(hidden_size, spec.query_width, dtype=dtype))
+        self.o_bias = nn.Parameter(torch.empty(hidden_size, dtype=dtype)) if spec.output_bias else None
+
+    def forward(self, x: Tensor, rotation: Tensor, attention: Attention, layer: int) -> Tensor:
+        """x [T, D], rotation as `numerics.rotations` gives it -> [T, D]."""
+        spec, numerics = self.spec, self.numerics
+        heads = numerics.linear(x, self.qkv, self.qkv_bias).view(x.shape[0], -1, spec.head_dim)
+        qk, v = heads.split_with_sizes((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = (self.q_norm.expand(spec.num_heads, -1), self.k_norm.expand(spec.num_kv_heads, -1))
+            qk = rms_norm(qk, torch.cat(norms), self.eps)
+        qk = numerics.rotate(qk, rotation)
+        q, k = qk.split_with_sizes((spec.num_heads, spec.num_kv_heads), 1)
+        run = again if "core_attn" in self.recompute_modules else once
+        return numerics.linear(run(attention.attend, layer, q, k, v, spec), self.o, self.o_bias)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, spec: ArchSpec, index: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        layer: LayerSpec = spec.layers[index]
+        self.index, self.eps = index, spec.rms_norm_eps
+        self.recompute_modules: frozenset[RecomputedModule] = frozenset()
+        self.input_norm = nn.Parameter(torch.empty(spec.hidden_size, dtype=dtype))
+        self.attention = AttentionBlock(layer.attention, spec.hidden_size, self.eps, dtype)
+        self.post_norm = nn.Parameter(torch.empty(spec.hidden_size, dtype=dtype))
+        self.mlp: DenseMlp | MoeMlp
+        if isinstance(layer.mlp, MoeSpec):
+            self.mlp = MoeMlp(layer.mlp, spec.hidden_size, spec.moe_layers.index(index), dtype)
+        else:
+            self.mlp = DenseMlp(layer.mlp, spec.hidden_size, dtype)
+
+    def forward(self, hidden: Tensor, rotation: Tensor, attention: Attention, router: Router) -> Tensor:
+        normed = rms_norm(hidden, self.input_norm, self.eps)
+        hidden = hidden + self.attention(normed, rotation, attention, self.index)
+        kind: RecomputedModule = "moe" if isinstance(self.mlp, MoeMlp) else "mlp"
+        run = again if kind in self.recompute_modules else once
+        return hidden + run(self._normed_mlp, hidden, router)
+
+    def _normed_mlp(self, hidden: Tensor, router: Router) -> Tensor:
+        return self.mlp(rms_norm(hidden, self.post_norm, self.eps), router)
+
+
+class Taps:
+    """What flows into some layers of one forward. Layers count from 0; their number means behind the last."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self._layers = tuple(layers)
+        self._seen: dict[int, Tensor] = {}
+
+    def see(self, layer: int, hidden: Tensor) -> None:
+        if layer in self._layers:
+            self._seen[layer] = hidden
+
+    def joined(self) -> Tensor:
+        """[T, len(layers) * D], in the order of `layers`."""
+        return torch.cat([self._seen[layer] for layer in self._layers], -1)
+
+
+class Decoder(nn.Module):
+    """A decoder-only model. Weights are uninitialised until `init_weights` or `weights.load_published`.
+
+    `spec`: MTP layers are a module of their own (`mtp`), and `self.spec` goes without them.
+    `recompute_num_layers`: the first so many layers keep only their input for backward and run again there.
+    `numerics`: how everything is computed, see `use_numerics`; attention objects come from it.
+    """
+
+    def __init__(self, spec: ArchSpec, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.spec = spec.policy
+        self.recompute_num_layers = 0
+        self.numerics: Numerics = FAST
+        self.embed = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype))
+        self.layers = nn.ModuleList(DecoderLayer(spec, i, dtype) for i in range(spec.num_layers))
+        self.final_norm = nn.Parameter(torch.empty(spec.hidden_size, dtype=dtype))
+        head = torch.empty(0 if spec.tie_word_embeddings else spec.vocab_size, spec.hidden_size, dtype=dtype)
+        self.head = None if spec.tie_word_embeddings else nn.Parameter(head)
+
+    def recompute(self, modules: frozenset[RecomputedModule]) -> None:
+        """Run these parts of every layer again in backward from now on; what they made is not kept."""
+        for module in self.modules():
+            if hasattr(module, "recompute_modules"):
+                module.recompute_modules = modules
+
+    def use_numerics(self, numerics: Numerics) -> None:
+        """Compute like this from now on."""
+        for module in self.modules():
+            if hasattr(module, "numerics"):
+                module.numerics = numerics
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]; the embedding itself when tied."""
+        return self.embed if self.head is None else self.head
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        router: Router,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """Final-norm hidden states [T, D] of flat tokens and positions (int64 [T])."""
+        hidden = F.embedding(tokens, self.embed)
+        rotation = self._rotation(positions)
+        for index, layer in enumerate(self.layers):
+            if taps is not None:
+                taps.see(index, hidden)
+            run = again if index < self.recompute_num_layers else once
+            hidden = run(layer, hidden, rotation, attention, router)
+        if taps is not None:
+            taps.see(len(self.layers), hidden)
+        return rms_norm(hidden, self.final_norm, self.spec.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V]."""
+        return self.numerics.linear(hidden, self.head_weight)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Matrices ~ N(0, initializer_range²), norms 1, biases 0."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(std=self.spec.initializer_range, generator=generator)
+
+    def _rotation(self, positions: Tensor) -> Tensor:
+        attention = self.spec.layers[0].attention
+        return self.numerics.rotations(attention, self.spec.max_position_embeddings, positions)

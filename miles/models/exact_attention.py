@@ -1,0 +1,229 @@
+"""Attention in which the bits of a token's result depend on its own sequence only: decoded one by one or
+packed, whatever else is in the batch, whatever width the keys are padded to.
+
+One formula on both sides, softmax(q kᵀ · scale + mask) v, with every sum taken in one order:
+
+- products, softmax and sums are in fp32 for any operands, and the result is rounded once: the kernels for
+  narrower numbers vary more, with the batch and with the width;
+- keys come in whole steps (`padded_keys`); a masked key has probability 0 and adds an exact 0;
+- the product with the values is summed block by block of `KEY_BLOCK` keys, in order: a matrix library splits
+  one long sum differently for different lengths;
+- a product has at least `min_queries` rows: for fewer, libraries take other kernels.
+
+torch's scaled_dot_product_attention has none of these properties. Shapes: N sequences, H query heads, Hkv
+key/value heads, G = H / Hkv, d head width, B batch of (sequence, key head), M query rows, S padded keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miles.arch.spec import AttentionSpec
+from miles.models.attention import beyond_mask, chunk_rows, prompt_rows
+from miles.models.invariant import bmm, softmax
+from miles.models.kv_cache import KVCache
+from miles.models.token_grid import TokenGrid
+
+KEY_STEP = 16
+"""Keys are padded to a whole number of these: the width of the widest vector registers."""
+KEY_BLOCK = 128
+"""Keys whose values are summed by one product."""
+QUERY_STEP = 8
+"""Packed queries come in whole steps, so `min_queries` up to this costs nothing there."""
+QUERY_BLOCK = 128
+SCORE_ELEMENTS = 1 << 25
+"""Scores held at once: 128 MiB in fp32."""
+
+
+def padded_keys(count: int) -> int:
+    """Width to which `count` keys are padded."""
+    return -(-count // KEY_STEP) * KEY_STEP
+
+
+def probabilities(q: Tensor, k: Tensor, masked_from: int, mask: Tensor) -> Tensor:
+    """softmax(q kᵀ + mask), all in fp32.
+
+    Args:
+        q: scaled queries [B, M, d]. k: [B, S, d].
+        mask: 0 or -inf, added to the keys from `masked_from` on; broadcast to [B, M, S - masked_from].
+    """
+    scores = bmm(q, k.transpose(1, 2))
+    scores[..., masked_from:].add_(mask)
+    return softmax(scores)
+
+
+def weighted_values(p: Tensor, v: Tensor) -> Tensor:
+    """p [B, M, S] @ v [B, S, d], block after block, all in fp32."""
+    total = bmm(p[..., :KEY_BLOCK], v[:, :KEY_BLOCK])
+    for start in range(KEY_BLOCK, v.shape[1], KEY_BLOCK):
+        block = slice(start, start + KEY_BLOCK)
+        total += bmm(p[..., block], v[:, block])
+    return total
+
+
+class ExactCachedAttention:
+    """`CachedAttention` with the bits of `ExactPackedAttention`. The cache holds `padded_keys` positions."""
+
+    def __init__(self, cache: KVCache, lengths: Tensor, min_queries: int) -> None:
+        self._cache = cache
+        self.num_sequences = lengths.numel()
+        self.num_keys = padded_keys(int(lengths.max()) + 1)
+        assert self.num_keys <= cache.max_len, "a sequence outgrew its cache slot"
+        self._min_queries = min_queries
+        slots = torch.arange(self.num_sequences, device=lengths.device)
+        self._rows = cache.rows(slots, lengths)
+        self._mask = beyond_mask(lengths, self.num_keys, torch.float32)
+        self._mask = self._mask.repeat_interleave(cache.num_kv_heads, 0)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        cache, n, groups = self._cache, self.num_sequences, spec.num_heads // spec.num_kv_heads
+        cache.write(layer, self._rows, k, v)
+        keys = cache.keys[layer, :n, :, : self.num_keys].flatten(0, 1).float()
+        values = cache.values[layer, :n, :, : self.num_keys].flatten(0, 1).float()
+        queries = (q.float() * spec.head_dim**-0.5).view(n * spec.num_kv_heads, groups, spec.head_dim)
+        if groups < self._min_queries:
+            queries = F.pad(queries, (0, 0, 0, self._min_queries - groups))
+        out = weighted_values(probabilities(queries, keys, 0, self._mask), values)
+        return out[:, :groups].reshape(n, spec.query_width).to(q.dtype)
+
+
+class ExactChunkAttention:
+    """`ChunkAttention` with the bits of `ExactPackedAttention`. The cache holds `padded_keys` positions."""
+
+    def __init__(self, cache: KVCache, slot: int, start: int, num_tokens: int) -> None:
+        self._cache, self._slot, self._start, self._stop = cache, slot, start, start + num_tokens
+        assert padded_keys(self._stop) <= cache.max_len, "a sequence outgrew its cache slot"
+        self._rows = chunk_rows(cache, slot, start, self._stop)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        self._cache.write(layer, self._rows, k, v)
+        queries = q.float() * spec.head_dim**-0.5
+        blocks = [
+            self._block(layer, queries, start, min(start + QUERY_BLOCK, self._stop))
+            for start in range(self._start, self._stop, QUERY_BLOCK)
+        ]
+        return torch.cat(blocks).to(q.dtype)
+
+    def _block(self, layer: int, queries: Tensor, start: int, stop: int) -> Tensor:
+        """Queries at positions start..stop-1 of the chunk's queries [T, H, d] -> [stop - start, H * d]."""
+        kv_heads, width, height = self._cache.num_kv_heads, padded_keys(stop), stop - start
+        rows = -(-height // QUERY_STEP) * QUERY_STEP
+        part = queries[start - self._start : stop - self._start].transpose(0, 1)
+        part = F.pad(part, (0, 0, 0, rows - height)).reshape(kv_heads, -1, queries.shape[2])
+        positions = torch.arange(start, start + rows, device=queries.device)
+        mask = beyond_mask(positions, width, queries.dtype).squeeze(1).repeat(part.shape[1] // rows, 1)
+        keys, values = (
+            x[layer, self._slot, :, :width].float() for x in (self._cache.keys, self._cache.values)
+        )
+        out = weighted_values(probabilities(part, keys, 0, mask), values)
+        return out.view(queries.shape[1], rows, -1)[:, :height].transpose(0, 1).flatten(1)
+
+
+class ExactPackedAttention:
+    """`PackedAttention` with the bits of `ExactCachedAttention`, in memory linear in the length.
+
+    Queries go block by block, the sequences that reach so far together (the longest first).
+    """
+
+    def __init__(self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None) -> None:
+        self._grid = TokenGrid(cu_seqlens, longest_first=True)
+        self._lengths = self._grid.lengths.tolist()
+        self._masks: dict[tuple[int, int, int], Tensor] = {}
+        self._cache = cache
+        if cache is not None:
+            self._cache_rows = prompt_rows(cache, slots, self._grid)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        if self._cache is not None:
+            self._cache.write(layer, self._cache_rows, k, v)
+        longest = self._lengths[0]
+        queries = q.float() * spec.head_dim**-0.5
+        queries = self._grid.lay_out(queries, -(-longest // QUERY_STEP) * QUERY_STEP)
+        keys, values = (self._grid.lay_out(x.float(), padded_keys(longest)) for x in (k, v))
+        return self._grid.flatten(_CausalBlocks.apply(queries, keys, values, self)).to(q.dtype)
+
+    def blocks(self, q: Tensor, k: Tensor) -> Iterator[_Block]:
+        """The query blocks of grids q [N, H, L, d] and k [N, Hkv, S, d]."""
+        num_queries, kv_heads = q.shape[2], k.shape[1]
+        groups = q.shape[1] // kv_heads
+        held = len(self._lengths) * q.shape[1] * k.shape[2]
+        height = min(QUERY_BLOCK, max(1, SCORE_ELEMENTS // held // QUERY_STEP) * QUERY_STEP)
+        for start in range(0, num_queries, height):
+            stop = min(start + height, num_queries)
+            keys = min(padded_keys(stop), k.shape[2])
+            reaching = sum(length > start for length in self._lengths)
+            yield _Block(start, stop, keys, reaching, self._mask(q, groups, stop - start, keys - start))
+
+    def _mask(self, q: Tensor, groups: int, height: int, width: int) -> Tensor:
+        """Causal mask of a block over the keys from its first query on: [G * height, width]."""
+        if (groups, height, width) not in self._masks:
+            above = torch.full((height, width), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+            self._masks[groups, height, width] = above.repeat(groups, 1)
+        return self._masks[groups, height, width]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Queries start:stop of the first `reaching` sequences, against the first `keys` keys."""
+
+    start: int
+    stop: int
+    keys: int
+    reaching: int
+    mask: Tensor
+
+    def queries(self, grid: Tensor, kv_heads: int) -> Tensor:
+        """[N, H, L, d] -> [B, G * height, d], a copy."""
+        part = grid[: self.reaching, :, self.start : self.stop]
+        return part.reshape(self.reaching * kv_heads, -1, grid.shape[3])
+
+    def seen(self, grid: Tensor) -> Tensor:
+        """[N, Hkv, S, d] -> [B, keys, d], a view."""
+        return grid[: self.reaching, :, : self.keys].flatten(0, 1)
+
+    def put(self, grid: Tensor, rows: Tensor) -> None:
+        """Write [B, G * height, d] back to where `queries` took it."""
+        part = grid[: self.reaching, :, self.start : self.stop]
+        part.copy_(rows.view(part.shape))
+
+    def add(self, grid: Tensor, rows: Tensor) -> None:
+        """Add [B, keys, d] to where `seen` took it."""
+        part = grid[: self.reaching, :, : self.keys]
+        part += rows.view(part.shape)
+
+
+class _CausalBlocks(torch.autograd.Function):
+    """Keeps q, k and v; backward computes the probabilities again, unless there is one block only."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: ExactPackedAttention) -> Tensor:
+        out, p = torch.zeros_like(q), None
+        blocks = list(plan.blocks(q, k))
+        for block in blocks:
+            p = probabilities(block.queries(q, k.shape[1]), block.seen(k), block.start, block.mask)
+            block.put(out, weighted_values(p, block.seen(v)))
+        ctx.save_for_backward(q, k, v, p if len(blocks) == 1 else None)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, only = ctx.saved_tensors
+        kv_heads = k.shape[1]
+        grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
+        for block in ctx.plan.blocks(q, k):
+            q_BMd, grad_BMd = block.queries(q, kv_heads), block.queries(grad, kv_heads)
+            k_BSd, v_BSd = block.seen(k), block.seen(v)
+            p = probabilities(q_BMd, k_BSd, block.start, block.mask) if only is None else only
+            grad_p = torch.bmm(grad_BMd, v_BSd.transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            block.put(grad_q, torch.bmm(grad_scores, k_BSd))
+            block.add(grad_k, torch.bmm(grad_scores.transpose(1, 2), q_BMd))
+            block.add(grad_v, torch.bmm(p.transpose(1, 2), grad_BMd))
+        return grad_q, grad_k, grad_v, None

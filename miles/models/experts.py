@@ -1,0 +1,172 @@
+"""Running the chosen experts: tokens sorted by expert, one grouped matrix product per projection.
+
+Shapes: T tokens, k experts per token, E experts, D hidden, I expert width, R = T * k rows sorted by expert,
+P >= R rows where groups are filled up. Outputs return to their (token, slot) place and are added in slot
+order: no scatter-add, so the sum of a token does not depend on the other tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miles.models.grouped import grouped_mm, grouped_outer
+from miles.models.row_blocks import RowBlocks, products
+from miles.models.swiglu import Forward, swiglu_backward, swiglu_forward
+
+
+@dataclass(frozen=True)
+class ExpertKernels:
+    """What of the computation may be chosen.
+
+    Attributes:
+        blocks: groups are computed in such blocks, filled up with copies of the first token, whose results
+            nobody reads (an empty group stays empty). None: each group at once.
+        activation: [P, 2I] -> [P, I] without autograd.
+        fused_sum: one rounding per added slot instead of two where the machine has it.
+    """
+
+    blocks: RowBlocks | None = None
+    activation: Forward = swiglu_forward
+    fused_sum: bool = True
+
+
+FAST = ExpertKernels()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows grouped by expert: the token of each row [P], the row of each (token, slot) [R], group ends [E].
+
+    `cut`: groups are filled up, and computed in blocks of these sizes, each of one expert.
+    """
+
+    tokens: Tensor
+    place: Tensor
+    ends: Tensor
+    cut: list[tuple[int, int]] | None = None
+
+
+def routed_experts(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, kernels: ExpertKernels = FAST
+) -> Tensor:
+    """Σ_slot weights[t, slot] · expert_ids[t, slot](x[t]).
+
+    Args:
+        x: [T, D]. ids: int64 [T, k]. weights: [T, k], x's dtype.
+        gate_up: [E, 2I, D]. down: [E, D, I].
+
+    Returns:
+        [T, D].
+    """
+    rows = _group_by_expert(ids, gate_up.shape[0], kernels.blocks)
+    if torch.is_grad_enabled():
+        return _RoutedExperts.apply(x, weights, gate_up, down, rows, kernels)
+    return _forward(x, weights, gate_up, down, rows, kernels)[0]
+
+
+def _group_by_expert(ids: Tensor, num_experts: int, blocks: RowBlocks | None) -> _Rows:
+    flat, top_k = ids.flatten(), ids.shape[1]
+    order = torch.argsort(flat, stable=True)
+    place = torch.argsort(order)
+    ends = torch.bincount(flat, minlength=num_experts).cumsum(0, dtype=torch.int32)
+    tokens = order // top_k
+    return _Rows(tokens, place, ends) if blocks is None else _filled(order, tokens, flat, ends, blocks)
+
+
+def _filled(order: Tensor, tokens: Tensor, expert: Tensor, ends: Tensor, blocks: RowBlocks) -> _Rows:
+    """Groups cut into blocks, the last of each filled up with copies of the first token."""
+    own_ends = ends.tolist()
+    cuts = [blocks.cut(end - start) for start, end in pairwise([0, *own_ends])]
+    filled_ends = list(accumulate(map(sum, cuts)))
+    # A group moves by the rows with which those before it were filled up.
+    shifts = [filled - own for filled, own in zip([0, *filled_ends], [0, *own_ends], strict=True)]
+    at = torch.tensor(shifts, device=order.device).index_select(0, expert.index_select(0, order))
+    at += torch.arange(len(order), device=order.device)
+    return _Rows(
+        tokens=tokens.new_zeros(filled_ends[-1]).index_copy_(0, at, tokens),
+        place=torch.empty_like(at).index_copy_(0, order, at),
+        ends=torch.tensor(filled_ends, dtype=torch.int32, device=order.device),
+        cut=[(expert, size) for expert, cut in enumerate(cuts) for size in cut],
+    )
+
+
+def _project(rows: Tensor, matrices: Tensor, layout: _Rows, blocks: RowBlocks | None) -> Tensor:
+    """rows [P, A] of each group times its expert's [B, A]ᵀ -> [P, B]."""
+    if blocks is None or layout.cut is None:
+        return grouped_mm(rows, matrices.transpose(1, 2), layout.ends)
+    rows, matrices_T = rows.to(blocks.dtype), matrices.to(blocks.dtype).transpose(1, 2)
+    if rows.device.type == "cpu" and all(size < blocks.sizes[-1] for _, size in layout.cut):
+        # Every group is one block, and on a CPU grouped_mm is one `mm` per group.
+        out = grouped_mm(rows, matrices_T, layout.ends)
+    else:
+        each = matrices_T.unbind()
+        out = products(rows, [each[expert] for expert, _ in layout.cut], [size for _, size in layout.cut])
+    return out.to(matrices.dtype)
+
+
+def _forward(
+    x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, rows: _Rows, kernels: ExpertKernels
+) -> tuple[Tensor, Tensor]:
+    """The result [T, D], and the experts' first projection [P, 2I]."""
+    top_k = weights.shape[1]
+    projected = _project(x.index_select(0, rows.tokens), gate_up, rows, kernels.blocks)
+    out_PD = _project(kernels.activation(projected), down, rows, kernels.blocks)
+    slots = out_PD.index_select(0, rows.place).view(-1, top_k, x.shape[1])
+    total = slots[:, 0] * weights[:, :1]
+    for slot in range(1, top_k):
+        if kernels.fused_sum:
+            total.addcmul_(slots[:, slot], weights[:, slot : slot + 1])
+        else:
+            total += slots[:, slot] * weights[:, slot : slot + 1]
+    return total, projected
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """Keeps x and the first projection for backward; the gathered rows and activations are computed again.
+    Rows that fill up a group have weight 0 and so no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        rows: _Rows,
+        kernels: ExpertKernels,
+    ) -> Tensor:
+        total, projected = _forward(x, weights, gate_up, down, rows, kernels)
+        ctx.save_for_backward(x, weights, gate_up, down, projected)
+        ctx.rows = rows
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, gate_up, down, projected = ctx.saved_tensors
+        tokens, place, ends = ctx.rows.tokens, ctx.rows.place, ctx.rows.ends
+        top_k = weights.shape[1]
+        weight_P1 = weights.new_zeros(len(tokens), 1).index_copy_(0, place, weights.reshape(-1, 1))
+        grad_PD = grad.index_select(0, tokens)
+        active_PI = swiglu_forward(projected)
+        # d out[r] / d weight[r] = <down @ active[r], grad[r]> = <active[r], grad[r] @ down>
+        grad_active = grouped_mm(grad_PD, down, ends)
+        grad_weights = (grad_active * active_PI).sum(-1).index_select(0, place).view_as(weights)
+        grad_down = grouped_outer(grad_PD, active_PI.mul_(weight_P1), ends)
+        grad_projected = swiglu_backward(grad_active.mul_(weight_P1), projected)
+        grad_gate_up = grouped_outer(grad_projected, x.index_select(0, tokens), ends)
+        grad_slots = grouped_mm(grad_projected, gate_up, ends).index_select(0, place)
+        grad_x = _sum_slots(grad_slots.view(-1, top_k, x.shape[1]))
+        return grad_x, grad_weights, grad_gate_up, grad_down, None, None
+
+
+def _sum_slots(slots: Tensor) -> Tensor:
+    """[T, k, D] -> [T, D], slot after slot: faster on CPU than a reduction over a short middle dimension."""
+    total = slots[:, 0]
+    for slot in range(1, slots.shape[1]):
+        total = total + slots[:, slot]
+    return total

@@ -1,0 +1,166 @@
+"""Finds the exact numerics of this machine for one model: the blocks of rows in which its products are
+computed (`row_search`) and the query rows of attention; checks every other operation, and a whole decoder.
+
+All is measured at start-up, with the threads of the run, on the shapes of the model; where an operation has
+no batch-invariant choice, the run is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from miles.arch.spec import ArchSpec, MoeSpec
+from miles.models.decoder import Decoder
+from miles.models.exact_attention import QUERY_STEP
+from miles.models.experts import routed_experts
+from miles.models.logprob import scaled_log_softmax
+from miles.models.norm import rms_norm
+from miles.models.numerics import ExactNumerics
+from miles.models.path_probe import AttentionProbe, decoding_agrees
+from miles.models.row_search import Matrices, ProbedBlocks, cancelling, impossible
+
+ROWS = 72
+ROW_COUNTS = (*range(1, 34), 48, 63, 64, 65, 71)
+"""Runs out of ROWS in which operations on whole rows are tried."""
+MIN_QUERIES = (1, 2, 4, QUERY_STEP)
+MOST_EXPERTS = 8
+"""Experts of the model that is tried as a whole."""
+
+RowOperation = Callable[[Tensor], Tensor]
+
+
+@torch.inference_mode()
+def find_exact_numerics(
+    spec: ArchSpec, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> ExactNumerics:
+    """The cheapest exact numerics under which every operation of `spec` is batch-invariant.
+
+    Call it with torch's thread count as the run will have it.
+
+    Raises:
+        PreflightRefused: with the operation and the shape that nothing makes invariant.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    probe = _Probe(spec, dtype, torch.device(device), generator)
+    blocks = ProbedBlocks(device)
+    for kind in _matrices(spec, dtype):
+        blocks[kind]
+    numerics = ExactNumerics(blocks, 1, torch.get_num_threads())
+    numerics = replace(numerics, min_queries=probe.min_queries(numerics))
+    probe.check_row_operations(numerics)
+    probe.check_decoder(numerics)
+    return numerics
+
+
+class _Probe:
+    def __init__(
+        self, spec: ArchSpec, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> None:
+        self.spec, self.dtype, self.device, self.generator = spec, dtype, device, generator
+
+    def min_queries(self, numerics: ExactNumerics) -> int:
+        """Fewest query rows with which decoding position by position equals the packed attention."""
+        attention = self.spec.layers[0].attention
+        probe = AttentionProbe(self.spec, self.generator, self.device)
+        for least in MIN_QUERIES:
+            if probe.products_agree(least) and probe.paths_agree(replace(numerics, min_queries=least)):
+                return least
+        shape = f"{attention.num_heads} heads on {attention.num_kv_heads}, width {attention.head_dim}"
+        raise impossible(f"attention of {shape}")
+
+    def check_row_operations(self, numerics: ExactNumerics) -> None:
+        """Raise for an operation on whole rows whose bits depend on the other rows."""
+        for name, width, operation in self._row_operations(numerics):
+            rows = self._cancelling(ROWS, width, -1.0)
+            if _varies(operation, rows):
+                raise impossible(f"{name} of width {width} in {self.dtype}")
+
+    def check_decoder(self, numerics: ExactNumerics) -> None:
+        """Raise when a decoder of one layer of each kind, with few experts, gives decoded tokens other hidden
+        states than packed ones."""
+        spec = _smallest(self.spec)
+        decoder = Decoder(spec, self.dtype).to(self.device)
+        for name, parameter in decoder.named_parameters():
+            fill = torch.ones if name.endswith("norm") else self._random
+            scale = 1.0 if name.endswith("norm") else parameter.shape[-1] ** -0.5
+            parameter.copy_(fill(*parameter.shape)).mul_(scale)
+        decoder.use_numerics(numerics)
+        if not decoding_agrees(decoder, numerics, self.generator):
+            raise impossible(f"a decoder as a whole in {self.dtype}")
+
+    def _row_operations(self, numerics: ExactNumerics) -> Iterator[tuple[str, int, RowOperation]]:
+        spec = self.spec
+        weight = self._random(spec.hidden_size)
+        yield "rms norm", spec.hidden_size, lambda x: rms_norm(x, weight, spec.rms_norm_eps)
+        yield "log-softmax", spec.vocab_size, lambda x: scaled_log_softmax(x, 0.9)
+        for mlp in {layer.mlp for layer in spec.layers}:
+            yield "swiglu", 2 * mlp.intermediate_size, numerics.swiglu
+            if isinstance(mlp, MoeSpec):
+                yield "a block of experts", spec.hidden_size, self._experts(mlp, numerics)
+
+    def _experts(self, moe: MoeSpec, numerics: ExactNumerics) -> RowOperation:
+        """Router and experts, few of them."""
+        hidden, width = self.spec.hidden_size, moe.intermediate_size
+        router = self._random(moe.num_experts, hidden)
+        count = min(moe.num_experts, MOST_EXPERTS)
+        gate_up = self._cancelling(count * 2 * width, hidden).view(count, 2 * width, hidden)
+        down = self._random(count, hidden, width)
+        kernels = numerics.expert_kernels(gate_up, down)
+
+        def run(x: Tensor) -> Tensor:
+            weights, ids = torch.topk(numerics.router_probs(x, router), min(moe.top_k, count), -1)
+            weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+            return routed_experts(x, ids % count, weights, gate_up, down, kernels)
+
+        return run
+
+    def _cancelling(self, count: int, width: int, sign: float = 1.0) -> Tensor:
+        return cancelling(count, width, sign, self.generator, self.device).to(self.dtype)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
+
+
+def _smallest(spec: ArchSpec) -> ArchSpec:
+    """One layer of each kind with at most `MOST_EXPERTS` experts, and a few tokens' embeddings."""
+    layers = []
+    for layer in dict.fromkeys(spec.layers):
+        mlp = layer.mlp
+        if isinstance(mlp, MoeSpec):
+            experts = min(mlp.num_experts, MOST_EXPERTS)
+            mlp = replace(mlp, num_experts=experts, top_k=min(mlp.top_k, experts))
+        layers.append(replace(layer, mlp=mlp))
+    return replace(spec, layers=tuple(layers), vocab_size=min(spec.vocab_size, 64))
+
+
+def _matrices(spec: ArchSpec, dtype: torch.dtype) -> Iterator[tuple[Matrices, torch.dtype]]:
+    """The kinds of products of the model. Both projections of an expert share a layout."""
+    hidden = spec.hidden_size
+    yield ((spec.vocab_size, hidden),), dtype
+    for layer in dict.fromkeys(spec.layers):
+        attention, mlp = layer.attention, layer.mlp
+        gate_up, down = (2 * mlp.intermediate_size, hidden), (hidden, mlp.intermediate_size)
+        yield ((attention.qkv_width, hidden),), dtype
+        yield ((hidden, attention.query_width),), dtype
+        if isinstance(mlp, MoeSpec):
+            yield (gate_up, down), dtype
+            yield ((mlp.num_experts, hidden),), torch.float32
+        else:
+            yield (gate_up,), dtype
+            yield (down,), dtype
+
+
+def _varies(operation: RowOperation, rows: Tensor) -> bool:
+    """Whether some run of consecutive rows gives other bits than among all rows."""
+    together = operation(rows)
+    return any(not _agrees(operation, rows, together, count) for count in ROW_COUNTS)
+
+
+def _agrees(operation: RowOperation, rows: Tensor, together: Tensor, count: int) -> bool:
+    whole = len(rows) // count * count
+    runs = zip(rows[:whole].split(count), together[:whole].split(count), strict=True)
+    return all(torch.equal(operation(run.clone()), expected) for run, expected in runs)

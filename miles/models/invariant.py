@@ -1,0 +1,33 @@
+"""The products and softmax of exact numerics on each kind of device: torch's on a CPU, where the probe finds
+shapes that agree, kernels of our own on CUDA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """a [B, M, K] @ b [B, K, N]; without autograd on CUDA."""
+    if a.device.type != "cuda":
+        return torch.bmm(a, b)
+    from miles.models.cuda import kernels
+
+    return kernels.bmm(a, b)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Over the last dimension of an fp32 tensor; without autograd on CUDA."""
+    if x.device.type != "cuda":
+        return torch.softmax(x, -1)
+    from miles.models.cuda import kernels
+
+    return kernels.softmax(x)
+
+
+def mm(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [M, K] @ matrix [K, N]; without autograd on CUDA."""
+    if x.device.type != "cuda":
+        return torch.mm(x, matrix, out=out) if out is not None else torch.mm(x, matrix)
+    product = bmm(x.unsqueeze(0), matrix.unsqueeze(0))[0]
+    return product if out is None else out.copy_(product)

@@ -1,0 +1,83 @@
+"""Keys and values of every layer, slot and position; on the CPU memory is taken where they are written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from miles.arch.spec import ArchSpec
+from miles.models.lazy_memory import give_back, lazy_zeros
+
+
+class KVCache:
+    """keys, values: [L, slots, Hkv, max_len, d]. A slot belongs to one sequence.
+
+    Unwritten positions are zero, so that a masked key never turns a sum into NaN.
+    """
+
+    def __init__(
+        self,
+        spec: ArchSpec,
+        num_slots: int,
+        max_len: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        attention = spec.layers[0].attention
+        assert all(layer.attention == attention for layer in spec.layers), "one cache shape for all layers"
+        shape = (spec.num_layers, num_slots, attention.num_kv_heads, max_len, attention.head_dim)
+        self.keys = lazy_zeros(shape, dtype, device)
+        self.values = lazy_zeros(shape, dtype, device)
+        self.num_slots, self.num_kv_heads, self.max_len = num_slots, attention.num_kv_heads, max_len
+        self.head_dim = attention.head_dim
+        self._heads = torch.arange(self.num_kv_heads, device=device)
+        self._key_rows = [layer.view(-1, self.head_dim) for layer in self.keys]
+        self._value_rows = [layer.view(-1, self.head_dim) for layer in self.values]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def give_back(self, slots: range) -> None:
+        """Return the memory of consecutive slots that hold nothing any more, where that is possible."""
+        for cache in (self.keys, self.values):
+            for layer in cache:
+                give_back(layer[slots.start : slots.stop])
+
+    def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Where the heads of tokens at (slot, position) [T] live in a layer seen as rows: int64 [T * Hkv]."""
+        heads = slots.unsqueeze(1) * self.num_kv_heads + self._heads
+        return (heads * self.max_len + positions.unsqueeze(1)).flatten()
+
+    def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys, values [T, Hkv, d] at `rows` (see `rows`)."""
+        self._key_rows[layer].index_copy_(0, rows, keys.reshape(-1, self.head_dim))
+        self._value_rows[layer].index_copy_(0, rows, values.reshape(-1, self.head_dim))
+
+    def move_rows(self, sources: Tensor, destinations: Tensor) -> None:
+        """Copy rows (see `rows`) of every layer; all are read before the first is written."""
+        for cache in (self.keys, self.values):
+            flat = cache.view(cache.shape[0], -1, self.head_dim)
+            flat.index_copy_(1, destinations, flat.index_select(1, sources))
+
+    def copy_slot(self, source: int, destinations: list[int], length: int) -> None:
+        """Give each destination the first `length` positions of `source` (a prompt shared by a group)."""
+        for cache in (self.keys, self.values):
+            prefix = cache[:, source : source + 1, :, :length]
+            if _is_run(destinations):
+                cache[:, destinations[0] : destinations[-1] + 1, :, :length] = prefix
+            else:
+                cache[:, destinations, :, :length] = prefix
+
+    def move_slots(self, sources: list[int], destinations: list[int], length: int) -> None:
+        """Copy the first `length` positions of each source to its destination (compaction).
+
+        No slot may be both a source and a destination.
+        """
+        assert not set(sources) & set(destinations), "a move would overwrite a slot that is still to be read"
+        for cache in (self.keys, self.values):
+            cache[:, destinations, :, :length] = cache[:, sources, :, :length]
+
+
+def _is_run(slots: list[int]) -> bool:
+    return slots == list(range(slots[0], slots[0] + len(slots)))

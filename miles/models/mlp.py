@@ -1,0 +1,46 @@
+"""SwiGLU blocks: one for every token (dense), or chosen experts per token (MoE)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from miles.arch.spec import DenseMlpSpec, MoeSpec
+from miles.models.experts import routed_experts
+from miles.models.numerics import FAST, Numerics
+from miles.models.routing import Router
+
+
+class DenseMlp(nn.Module):
+    """gate_up [2I, D] holds gate then up; down [D, I]."""
+
+    def __init__(self, spec: DenseMlpSpec, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.numerics: Numerics = FAST
+        self.gate_up = nn.Parameter(torch.empty(2 * spec.intermediate_size, hidden_size, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(hidden_size, spec.intermediate_size, dtype=dtype))
+
+    def forward(self, x: Tensor, router: Router) -> Tensor:
+        """x [T, D] -> [T, D]; the router is for MoE layers."""
+        numerics = self.numerics
+        return numerics.linear(numerics.swiglu(numerics.linear(x, self.gate_up)), self.down)
+
+
+class MoeMlp(nn.Module):
+    """router [E, D]; stacked experts gate_up [E, 2I, D] and down [E, D, I]."""
+
+    def __init__(self, spec: MoeSpec, hidden_size: int, moe_layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.numerics: Numerics = FAST
+        self.spec, self.moe_layer = spec, moe_layer
+        experts, width = spec.num_experts, spec.intermediate_size
+        self.router = nn.Parameter(torch.empty(experts, hidden_size, dtype=dtype))
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden_size, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(experts, hidden_size, width, dtype=dtype))
+
+    def forward(self, x: Tensor, router: Router) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        probs = self.numerics.router_probs(x, self.router)
+        ids, weights = router.select(self.moe_layer, probs, self.spec)
+        kernels = self.numerics.expert_kernels(self.gate_up, self.down)
+        return routed_experts(x, ids, weights.to(x.dtype), self.gate_up, self.down, kernels)

@@ -1,0 +1,226 @@
+"""How the decoder computes: `fast`, or `exact`, where a token's bits depend on its own sequence only.
+
+One object of this module serves trainer and engine. In `exact` an incremental decode in any batch gives the
+bits of a packed forward in any micro-batch, so the log-prob gap between the two sides is exactly 0. What
+breaks that on a CPU, and what each operation of `ExactNumerics` does about it:
+
+- matrix libraries take other kernels for other numbers of rows: `row_blocks` of counts that agree;
+- scaled_dot_product_attention sums a query's keys in another order than a decode step: `exact_attention`;
+- torch's vectorised functions round the last elements of a run otherwise, and threads cut runs anywhere:
+  only operations with one rounding per element, exp, and reductions over whole rows are used;
+- fused multiply-add may or may not be taken: products and sums are rounded one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miles.arch.spec import AttentionSpec
+from miles.models import experts, rotary
+from miles.models import swiglu as activation
+from miles.models.attention import Attention, CachedAttention, ChunkAttention, PackedAttention
+from miles.models.exact_attention import (
+    ExactCachedAttention,
+    ExactChunkAttention,
+    ExactPackedAttention,
+    padded_keys,
+)
+from miles.models.exact_prefix import ExactPrefixAttention
+from miles.models.kv_cache import KVCache
+from miles.models.prefix_attention import PrefixAttention
+from miles.models.row_blocks import RowBlocks, blocked_linear
+from miles.models.row_search import Matrices
+from miles.models.tree_attention import ExactChainAttention, ExactTreeAttention, TreeAttention, TreeNodes
+
+
+class Numerics(Protocol):
+    """The operations that differ between the modes. T tokens, D hidden, E experts."""
+
+    name: str
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [T, K] @ weight [N, K]ᵀ + bias [N] -> [T, N]."""
+        ...
+
+    def rotations(self, spec: AttentionSpec, num_positions: int, positions: Tensor) -> Tensor:
+        """What `rotate` takes for these positions (int64 [T])."""
+        ...
+
+    def rotate(self, heads: Tensor, rotation: Tensor) -> Tensor:
+        """Rotary embedding of heads [T, H, d]; d may come out permuted."""
+        ...
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """[T, 2I] -> [T, I]."""
+        ...
+
+    def router_probs(self, x: Tensor, router: Tensor) -> Tensor:
+        """softmax(x [T, D] @ router [E, D]ᵀ) over experts, fp32 [T, E]."""
+        ...
+
+    def expert_kernels(self, gate_up: Tensor, down: Tensor) -> experts.ExpertKernels:
+        """How experts gate_up [E, 2I, D], down [E, D, I] are computed."""
+        ...
+
+    def packed_attention(
+        self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None
+    ) -> Attention:
+        """See `attention.PackedAttention`."""
+        ...
+
+    def prefix_attention(
+        self, prompt_cu_seqlens: Tensor, own_cu_seqlens: Tensor, prompt_of_own: Tensor
+    ) -> Attention:
+        """See `prefix_attention.PrefixAttention`."""
+        ...
+
+    def cached_attention(self, cache: KVCache, lengths: Tensor) -> Attention:
+        """See `attention.CachedAttention`."""
+        ...
+
+    def tree_attention(self, cache: KVCache, nodes: TreeNodes) -> Attention:
+        """See `tree_attention.TreeAttention`."""
+        ...
+
+    def chunk_attention(self, cache: KVCache, slot: int, start: int, num_tokens: int) -> Attention:
+        """See `attention.ChunkAttention`."""
+        ...
+
+    def cache_length(self, positions: int) -> int:
+        """Positions a cache slot must have to hold `positions` of them."""
+        ...
+
+
+class FastNumerics:
+    """The quickest kernels; the last bits of a result depend on what else is computed with it."""
+
+    name = "fast"
+
+    def expert_kernels(self, gate_up: Tensor, down: Tensor) -> experts.ExpertKernels:
+        return experts.FAST
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def rotations(self, spec: AttentionSpec, num_positions: int, positions: Tensor) -> Tensor:
+        table = rotary.rotations(spec.rope, spec.head_dim, num_positions, positions.device)
+        return table.index_select(0, positions)
+
+    def rotate(self, heads: Tensor, rotation: Tensor) -> Tensor:
+        return rotary.rotate(heads, rotation)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        return activation.swiglu(gate_up)
+
+    def router_probs(self, x: Tensor, router: Tensor) -> Tensor:
+        # Experts first, tokens last: softmax over a short last dimension is ten times slower on CPU.
+        return torch.softmax(torch.mm(router, x.t()).float(), 0).t()
+
+    def packed_attention(
+        self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None
+    ) -> PackedAttention:
+        return PackedAttention(cu_seqlens, cache, slots)
+
+    def prefix_attention(
+        self, prompt_cu_seqlens: Tensor, own_cu_seqlens: Tensor, prompt_of_own: Tensor
+    ) -> PrefixAttention:
+        return PrefixAttention(prompt_cu_seqlens, own_cu_seqlens, prompt_of_own)
+
+    def cached_attention(self, cache: KVCache, lengths: Tensor) -> CachedAttention:
+        return CachedAttention(cache, lengths)
+
+    def tree_attention(self, cache: KVCache, nodes: TreeNodes) -> TreeAttention:
+        return TreeAttention(cache, nodes)
+
+    def chunk_attention(self, cache: KVCache, slot: int, start: int, num_tokens: int) -> ChunkAttention:
+        return ChunkAttention(cache, slot, start, num_tokens)
+
+    def cache_length(self, positions: int) -> int:
+        return positions
+
+
+FAST = FastNumerics()
+
+SOFTMAX_STEP = 16
+"""Elements of the widest vector register: softmax over a strided dimension rounds whole registers alike."""
+
+
+@dataclass(frozen=True)
+class ExactNumerics:
+    """Bit-equal in any batch.
+
+    Attributes:
+        blocks: how the products with each kind of matrix are computed, see `row_search.ProbedBlocks`.
+        min_queries: fewest rows of a product inside attention.
+        threads: torch's threads on this machine; with one, a run of elements is never cut.
+    """
+
+    blocks: Mapping[tuple[Matrices, torch.dtype], RowBlocks]
+    min_queries: int
+    threads: int
+    name = "exact"
+
+    def expert_kernels(self, gate_up: Tensor, down: Tensor) -> experts.ExpertKernels:
+        return experts.ExpertKernels(self._blocks(gate_up, down), self._activation, fused_sum=False)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = blocked_linear(x, weight, self._blocks(weight))
+        return out if bias is None else out + bias
+
+    def _blocks(self, *weights: Tensor) -> RowBlocks:
+        shapes = tuple((weight.shape[-2], weight.shape[-1]) for weight in weights)
+        return self.blocks[shapes, weights[0].dtype]
+
+    def rotations(self, spec: AttentionSpec, num_positions: int, positions: Tensor) -> Tensor:
+        table = rotary.half_rotations(spec.rope, spec.head_dim, num_positions, positions.device)
+        return table.index_select(0, positions)
+
+    def rotate(self, heads: Tensor, rotation: Tensor) -> Tensor:
+        return rotary.rotate_halves(heads, rotation)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        return activation.swiglu(gate_up, self._activation)
+
+    def router_probs(self, x: Tensor, router: Tensor) -> Tensor:
+        # In fp32 for any weights: near ties between experts are common in bf16.
+        logits = self.linear(x.float(), router.float())
+        if self.threads > 1:
+            return torch.softmax(logits, -1)
+        rows = len(logits)
+        logits_ET = F.pad(logits.t(), (0, -rows % SOFTMAX_STEP)).contiguous()
+        return torch.softmax(logits_ET, 0).t()[:rows]
+
+    def packed_attention(
+        self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None
+    ) -> ExactPackedAttention:
+        return ExactPackedAttention(cu_seqlens, cache, slots)
+
+    def prefix_attention(
+        self, prompt_cu_seqlens: Tensor, own_cu_seqlens: Tensor, prompt_of_own: Tensor
+    ) -> ExactPrefixAttention:
+        return ExactPrefixAttention(prompt_cu_seqlens, own_cu_seqlens, prompt_of_own)
+
+    def cached_attention(self, cache: KVCache, lengths: Tensor) -> ExactCachedAttention:
+        return ExactCachedAttention(cache, lengths, self.min_queries)
+
+    def tree_attention(self, cache: KVCache, nodes: TreeNodes) -> Attention:
+        if nodes.is_chain:
+            return ExactChainAttention(cache, nodes)
+        return ExactTreeAttention(cache, nodes, self.min_queries)
+
+    def chunk_attention(self, cache: KVCache, slot: int, start: int, num_tokens: int) -> ExactChunkAttention:
+        return ExactChunkAttention(cache, slot, start, num_tokens)
+
+    def cache_length(self, positions: int) -> int:
+        return padded_keys(positions)
+
+    @property
+    def _activation(self) -> activation.Forward:
+        """A run of the gate's elements is a row of its projection, cut only by threads."""
+        return activation.swiglu_forward if self.threads == 1 else activation.swiglu_of_exp

@@ -1,0 +1,101 @@
+"""Rotary position embedding.
+
+Published checkpoints rotate dimension i together with i + d/2 ("half" layout). `rotate` multiplies complex
+numbers and leaves each such pair side by side: queries and keys are permuted alike, so their products stay
+the same. `rotate_halves` keeps the layout and rounds every product and sum on its own, so that an element's
+bits do not depend on its place in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miles.arch.spec import Llama3Scaling, RopeSpec
+
+
+@lru_cache(maxsize=8)
+def rotations(rope: RopeSpec, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
+    """exp(i · position · frequency), complex64 [num_positions, head_dim / 2]; shared by all who ask alike."""
+    angles = _angles(rope, head_dim, num_positions, device)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+@lru_cache(maxsize=8)
+def half_rotations(rope: RopeSpec, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
+    """fp32 [num_positions, 2, head_dim]: (cos, cos), and (-sin, sin) for the other half of the head."""
+    angles = _angles(rope, head_dim, num_positions, device)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
+
+
+def _angles(rope: RopeSpec, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    frequencies = 1.0 / rope.theta**exponents
+    if rope.scaling is not None:
+        frequencies = _slowed(frequencies, rope.scaling)
+    return torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequencies)
+
+
+def _slowed(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """See `Llama3Scaling`."""
+    turns = scaling.original_positions * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def rotate(heads: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate heads [T, H, d] by rotation [T, d/2] (complex64); the result has the dtype of `heads`."""
+    if torch.is_grad_enabled() and heads.requires_grad:
+        return _Rotate.apply(heads, rotation.unsqueeze(1))
+    return _rotate(heads, rotation.unsqueeze(1))
+
+
+def rotate_halves(heads: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate heads [T, H, d] by rotation [T, 2, d] (fp32); the result has the dtype of `heads`."""
+    cos, sin = rotation.split(1, dim=1)
+    if torch.is_grad_enabled() and heads.requires_grad:
+        return _RotateHalves.apply(heads, cos, sin)
+    return _rotate_halves(heads, cos, sin)
+
+
+def _rotate(heads: Tensor, rotation: Tensor) -> Tensor:
+    first, second = heads.float().chunk(2, -1)
+    return torch.view_as_real(torch.complex(first, second).mul_(rotation)).flatten(-2).to(heads.dtype)
+
+
+def _rotate_halves(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = heads.float()
+    other = wide.roll(heads.shape[-1] // 2, -1).mul_(sin)
+    return torch.mul(wide, cos).add_(other).to(heads.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, rotation: Tensor) -> Tensor:
+        ctx.save_for_backward(rotation)
+        return _rotate(heads, rotation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rotation,) = ctx.saved_tensors
+        pairs = grad.float().contiguous().unflatten(-1, (-1, 2))
+        turned_back = torch.view_as_real(torch.view_as_complex(pairs) * rotation.conj())
+        return torch.cat(turned_back.unbind(-1), -1).to(grad.dtype), None
+
+
+class _RotateHalves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate_halves(heads, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate_halves(grad, cos, -sin), None, None

@@ -1,0 +1,83 @@
+"""Matrix products cut into blocks of rows, so that a library is asked only for row counts known to agree.
+
+A matrix library chooses its kernel, and with it the order of a sum, by the number of rows. `RowBlocks` lists
+counts at which a row was measured to get the same bits (`invariance`); any other number of rows is cut into
+such blocks and the last one filled up with zeros. Backward is one product: bit-equality is a promise about
+the forward pass. Shapes: T rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miles.models.invariant import mm
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """How the products with one shape of matrix are computed.
+
+    Attributes:
+        sizes: row counts at which a row gets the same bits, ascending.
+        dtype: of the product; wider than the operands where their own has no such counts.
+    """
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+
+    def cut(self, rows: int) -> list[int]:
+        """Block sizes that hold `rows`: whole largest blocks, then the smallest that holds the rest."""
+        most = self.sizes[-1]
+        blocks = [most] * (rows // most)
+        rest = rows % most
+        return [*blocks, self.sizes[bisect_left(self.sizes, rest)]] if rest else blocks
+
+
+def blocked_product(x: Tensor, weight: Tensor, blocks: RowBlocks) -> Tensor:
+    """x [T, K] @ weight [N, K]ᵀ -> [T, N] in x's dtype, rounded once, without autograd."""
+    rows = x.shape[0]
+    sizes = blocks.cut(rows)
+    held = sum(sizes)
+    if held > rows:
+        x = F.pad(x, (0, 0, 0, held - rows))
+    matrix = weight.to(blocks.dtype).t()
+    out = products(x.to(blocks.dtype), [matrix] * len(sizes), sizes).to(weight.dtype)
+    return out[:rows] if held > rows else out
+
+
+def products(x: Tensor, matrices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Consecutive blocks of x [sum(sizes), K], each times its matrix [K, N] -> [sum(sizes), N]."""
+    if len(sizes) == 1:
+        return mm(x, matrices[0])
+    out = x.new_empty(x.shape[0], matrices[0].shape[1] if matrices else 0)
+    for block, matrix, place in zip(x.split(sizes), matrices, out.split(sizes), strict=True):
+        mm(block, matrix, out=place)
+    return out
+
+
+def blocked_linear(x: Tensor, weight: Tensor, blocks: RowBlocks) -> Tensor:
+    """`blocked_product` with gradients."""
+    if torch.is_grad_enabled():
+        return _BlockedLinear.apply(x, weight, blocks)
+    return blocked_product(x, weight, blocks)
+
+
+class _BlockedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, blocks: RowBlocks) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return blocked_product(x, weight, blocks)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.mm(grad.t(), x) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None

@@ -1,0 +1,1 @@
+"""Executors, the loop, weight sync, supervision."""

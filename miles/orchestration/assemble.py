@@ -1,0 +1,322 @@
+"""From the run file and the plan to the settings of each worker."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from miles.algorithms.importance import ImportanceCorrection
+from miles.algorithms.losses import PolicyLossSettings
+from miles.algorithms.policy_objective import ClipRange
+from miles.arch import ArchSpec
+from miles.arch.precision import PrecisionPolicy
+from miles.config import RunConfig
+from miles.data.prompts import PromptFormat, PromptKeys
+from miles.data.rows import parse_data_path
+from miles.data.source import PromptSource, SourceSettings
+from miles.data.tasks import is_builtin, resolve_builtin
+from miles.data.tokenizer import CheckpointTokenizer
+from miles.models.invariance import find_exact_numerics
+from miles.models.numerics import FAST, Numerics
+from miles.models.recompute import RECOMPUTED_MODULES, RecomputedModule
+from miles.orchestration.rollout_worker import EvalSet
+from miles.planning.facts import eval_sets
+from miles.planning.plan import Plan
+from miles.planning.speculation import mtp_training_steps
+from miles.precision.weight_format import PLAIN
+from miles.rollout.collect import CollectSettings
+from miles.rollout.engine import SamplingParams
+from miles.rollout.filters import check_reward_nonzero_std
+from miles.rollout.generate import GenerationSettings
+from miles.rollout.native.draft import SpeculationSettings
+from miles.rollout.native.engine import EngineSettings
+from miles.training.settings import (
+    AlgorithmSettings,
+    FaultInjection,
+    OptimizerSettings,
+    ScheduleSettings,
+    TrainerSettings,
+)
+
+DTYPES = PLAIN
+"""What weights are computed in."""
+
+
+def trainer_settings(config: RunConfig, plan: Plan, spec: ArchSpec) -> TrainerSettings:
+    """What the native trainer is told."""
+    training, optimizer, replay = config.training, config.optimizer, plan.routing_replay
+    return TrainerSettings(
+        optimizer=OptimizerSettings(
+            lr=optimizer.lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.adam_beta1,
+            adam_beta2=optimizer.adam_beta2,
+            adam_eps=optimizer.adam_eps,
+            clip_grad=optimizer.clip_grad,
+        ),
+        schedule=_schedule(config, plan),
+        algorithm=_algorithm(config, plan),
+        num_steps_per_rollout=plan.batch.steps_per_rollout,
+        max_tokens_per_micro_batch=plan.micro_batch_tokens,
+        micro_batch_size=None if plan.micro_batch_tokens is not None else plan.micro_batch_size,
+        replay_routes=replay,
+        recompute_num_layers=_recomputed_layers(config, spec),
+        recompute_modules=_recomputed_modules(config),
+        log_probs_chunk_size=training.log_probs_chunk_size if training.log_probs_chunk_size > 0 else None,
+        moe_aux_loss_coeff=training.moe_aux_loss_coeff,
+        train_mtp=config.speculative.enable_mtp_training,
+        mtp_training_steps=mtp_training_steps(config),
+        mtp_loss_scaling_factor=config.speculative.mtp_loss_scaling_factor,
+        non_finite_policy=training.non_finite_policy,
+        fault=_fault(config.debug.inject_fault, plan.batch.steps_per_rollout),
+    )
+
+
+def numerics(plan: Plan, spec: ArchSpec) -> Numerics:
+    """How both sides compute. Exact numerics are measured on this machine, once per process.
+
+    Raises PreflightRefused where there are none. Call it with torch's threads as the run has them.
+    """
+    if plan.numerics == "fast":
+        return FAST
+    return _exact_numerics(spec, plan.dtype, plan.device, torch.get_num_threads())
+
+
+@cache
+def _exact_numerics(spec: ArchSpec, dtype: str, device: str, threads: int) -> Numerics:
+    return find_exact_numerics(spec, DTYPES[dtype], device)
+
+
+def engine_settings(
+    config: RunConfig, plan: Plan, numerics: Numerics, decode_library: Path | None = None
+) -> EngineSettings:
+    """What the native engine is told. `decode_library`: the compiled kernel of a plan that has one."""
+    return EngineSettings(
+        max_context_len=plan.max_context_len,
+        seed=config.rollout.rollout_seed,
+        max_running_requests=plan.engine_limits.running_requests,
+        max_prefill_tokens=plan.engine_limits.prefill_tokens,
+        max_total_tokens=plan.engine_limits.kv_tokens,
+        dtype=DTYPES.get(plan.rollout_format, DTYPES[plan.dtype]),
+        device=plan.device,
+        numerics=numerics,
+        decode_library=decode_library,
+        speculation=None if plan.speculation is None else SpeculationSettings(**asdict(plan.speculation)),
+    )
+
+
+def engine_precision(plan: Plan) -> PrecisionPolicy | None:
+    """What becomes of weights on their way to the engine; None: it serves the trainer's own."""
+    return None if plan.rollout_format == plan.dtype else plan.precision
+
+
+def generation_settings(config: RunConfig, plan: Plan, stop_token_ids: tuple[int, ...]) -> GenerationSettings:
+    """How training samples are drawn."""
+    rollout = config.rollout
+    sampling = SamplingParams(
+        max_new_tokens=plan.max_response_len,
+        temperature=rollout.rollout_temperature,
+        top_p=rollout.rollout_top_p,
+        top_k=rollout.rollout_top_k,
+        stop_token_ids=stop_token_ids,
+    )
+    return GenerationSettings(
+        sampling=sampling,
+        max_context_len=plan.max_context_len,
+        mask_off_policy=rollout.mask_offpolicy_in_partial_rollout,
+        speculative_num_steps=None if plan.speculation is None else plan.speculation.num_steps,
+    )
+
+
+def collect_settings(config: RunConfig, plan: Plan) -> CollectSettings:
+    """How many groups a rollout needs, and which are dropped."""
+    rollout = config.rollout
+    filters = {"check_reward_nonzero_std": check_reward_nonzero_std(config.reward.reward_key)}
+    name = rollout.dynamic_sampling_filter_path
+    return CollectSettings(
+        rollout_batch_size=plan.batch.rollout_batch_size,
+        over_sampling_batch_size=rollout.over_sampling_batch_size or plan.batch.rollout_batch_size,
+        dynamic_filter=None if name is None else filters[name],
+        reward_key=config.reward.reward_key,
+        keep_unused=rollout.partial_rollout,
+    )
+
+
+def prompt_source(config: RunConfig, plan: Plan, tokenizer: CheckpointTokenizer) -> PromptSource:
+    """The stream of training prompts."""
+    data, rollout = config.data, config.rollout
+    assert data.prompt_data is not None, "preflight asks for prompts"
+    return PromptSource(
+        parse_data_path(locate_data(data.prompt_data)),
+        _prompt_format(config, tokenizer),
+        SourceSettings(
+            keys=PromptKeys(data.input_key, data.label_key, data.metadata_key, data.tool_key),
+            shuffle=data.rollout_shuffle,
+            seed=rollout.rollout_seed,
+            max_prompt_len=rollout.rollout_max_prompt_len,
+            on_bad_row=data.on_bad_row,
+            n_samples_per_prompt=plan.batch.n_samples_per_prompt,
+        ),
+    )
+
+
+def evaluation_sets(
+    config: RunConfig, plan: Plan, tokenizer: CheckpointTokenizer, stop_token_ids: tuple[int, ...]
+) -> list[EvalSet]:
+    """The held-out sets; what `[eval]` leaves open is as in training."""
+    return [
+        _evaluation_set(config, plan, tokenizer, stop_token_ids, name, path)
+        for name, path in eval_sets(config)
+    ]
+
+
+def _evaluation_set(
+    config: RunConfig,
+    plan: Plan,
+    tokenizer: CheckpointTokenizer,
+    stop_token_ids: tuple[int, ...],
+    name: str,
+    path: str,
+) -> EvalSet:
+    data, rollout, held_out = config.data, config.rollout, config.eval
+    keys = PromptKeys(
+        held_out.eval_input_key or data.input_key,
+        held_out.eval_label_key or data.label_key,
+        data.metadata_key,
+        held_out.eval_tool_key or data.tool_key,
+    )
+    longest = held_out.eval_max_prompt_len or rollout.rollout_max_prompt_len
+    source = PromptSource(
+        parse_data_path(locate_data(path)),
+        _prompt_format(config, tokenizer),
+        SourceSettings(keys=keys, max_prompt_len=longest),
+    )
+
+    def generation(temperature: float, top_p: float, top_k: int) -> GenerationSettings:
+        sampling = SamplingParams(
+            max_new_tokens=held_out.eval_max_response_len or plan.max_response_len,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop_token_ids=stop_token_ids,
+            min_new_tokens=held_out.eval_min_new_tokens,
+        )
+        limit = held_out.eval_max_context_len or plan.max_context_len
+        return GenerationSettings(sampling=sampling, max_context_len=limit, return_routed_experts=False)
+
+    sampled = generation(
+        rollout.rollout_temperature if held_out.eval_temperature is None else held_out.eval_temperature,
+        held_out.eval_top_p or rollout.rollout_top_p,
+        held_out.eval_top_k or rollout.rollout_top_k,
+    )
+    greedy = generation(0.0, 1.0, -1) if held_out.eval_greedy else None
+    return EvalSet(name, source, held_out.n_samples_per_eval_prompt, sampled, greedy)
+
+
+def locate_data(path: str) -> str:
+    """A data path with a built-in name replaced by the file behind it; a slice stays."""
+    if not is_builtin(path):
+        return path
+    name, bracket, rest = path.partition("@[")
+    return f"{resolve_builtin(name)}{bracket}{rest}"
+
+
+def stop_tokens(config: RunConfig, spec: ArchSpec, tokenizer: CheckpointTokenizer) -> tuple[int, ...]:
+    """Ids that end a response: the checkpoint's own and the run file's."""
+    own = spec.eos_token_ids or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
+    return tuple(dict.fromkeys((*own, *config.rollout.rollout_stop_token_ids)))
+
+
+def load_tokenizer(config: RunConfig, checkpoint: Path) -> CheckpointTokenizer:
+    """The checkpoint's tokenizer, with the run file's chat template where it names one."""
+    template = config.data.chat_template_path
+    return CheckpointTokenizer(checkpoint, Path(template) if template else None)
+
+
+def _prompt_format(config: RunConfig, tokenizer: CheckpointTokenizer) -> PromptFormat:
+    return PromptFormat(tokenizer, config.data.apply_chat_template, config.data.apply_chat_template_kwargs)
+
+
+def _schedule(config: RunConfig, plan: Plan) -> ScheduleSettings:
+    optimizer = config.optimizer
+    return ScheduleSettings(
+        lr_decay_style=optimizer.lr_decay_style,
+        lr_warmup_iters=optimizer.lr_warmup_iters,
+        lr_decay_iters=optimizer.lr_decay_iters or plan.optimizer_steps,
+        min_lr=optimizer.min_lr,
+    )
+
+
+def _algorithm(config: RunConfig, plan: Plan) -> AlgorithmSettings:
+    algorithm = config.algorithm
+    assert algorithm.loss_type != "custom_loss", "preflight refuses what the native trainer cannot do"
+    return AlgorithmSettings(
+        loss_type=algorithm.loss_type,
+        advantage_estimator=algorithm.advantage_estimator,
+        disable_rewards_normalization=algorithm.disable_rewards_normalization,
+        disable_grpo_std_normalization=algorithm.disable_grpo_std_normalization,
+        normalize_advantages=algorithm.normalize_advantages,
+        gamma=algorithm.gamma,
+        kl_coef=algorithm.kl_coef,
+        use_kl_loss=algorithm.use_kl_loss,
+        use_rollout_logprobs=algorithm.use_rollout_logprobs,
+        calculate_per_token_loss=algorithm.calculate_per_token_loss,
+        observe_training_entropy=algorithm.observe_training_entropy,
+        temperature=config.rollout.rollout_temperature or 1.0,
+        max_response_len=plan.max_response_len,
+        policy=_policy_loss(config),
+    )
+
+
+def _policy_loss(config: RunConfig) -> PolicyLossSettings:
+    algorithm = config.algorithm
+    high = algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high
+    objectives = {"gspo": "sequence_clip", "cispo": "cispo"}
+    return PolicyLossSettings(
+        objective=objectives.get(algorithm.advantage_estimator, "clip"),  # type: ignore[arg-type]
+        clip=ClipRange(algorithm.eps_clip, high, algorithm.eps_clip_c),
+        kl_loss_coef=algorithm.kl_loss_coef if algorithm.use_kl_loss else 0.0,
+        kl_loss_type=algorithm.kl_loss_type,
+        use_unbiased_kl=algorithm.use_unbiased_kl,
+        entropy_coef=algorithm.entropy_coef,
+        correction=_correction(config),
+        opsm_delta=algorithm.opsm_delta if algorithm.use_opsm else None,
+    )
+
+
+def _correction(config: RunConfig) -> ImportanceCorrection | None:
+    correction = config.correction
+    if not correction.use_tis:
+        return None
+    if correction.tis_threshold is not None:
+        return ImportanceCorrection.within_threshold(correction.tis_threshold)
+    return ImportanceCorrection(correction.tis_clip_low, correction.tis_clip)
+
+
+def _recomputed_layers(config: RunConfig, spec: ArchSpec) -> int:
+    training = config.training
+    if training.recompute_granularity != "full":
+        return 0
+    if training.recompute_method == "block" and training.recompute_num_layers is not None:
+        return min(training.recompute_num_layers, spec.num_layers)
+    return spec.num_layers
+
+
+def _recomputed_modules(config: RunConfig) -> frozenset[RecomputedModule]:
+    training = config.training
+    if training.recompute_granularity != "selective":
+        return frozenset()
+    chosen = training.recompute_modules or ("core_attn",)
+    return frozenset(module for module in RECOMPUTED_MODULES if module in chosen)
+
+
+def _fault(text: str | None, steps_per_rollout: int) -> FaultInjection | None:
+    """The trainer's fault, in the first optimizer step of the run's step `kind@step`, counted from 1."""
+    match = re.fullmatch(r"nan_grad@(\d+)", text or "")
+    if match is None:
+        return None  # none, or one of the engine's side
+    return FaultInjection("nan_grad", (int(match[1]) - 1) * steps_per_rollout)

@@ -1,0 +1,55 @@
+"""The inline executor: trainer, engine and driver take turns in one process and share one set of weights."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from miles.orchestration import assemble, engine_faults, workers
+from miles.orchestration.driver import Driver
+from miles.orchestration.observer import Observer
+from miles.orchestration.rewarding import inline_score
+from miles.orchestration.run_model import run_model
+from miles.orchestration.supervisor import Supervisor
+from miles.orchestration.weight_sync import RoundedWeights, SharedWeights, WeightSync, weights_for_engine
+from miles.record import RecordWriter
+
+if TYPE_CHECKING:
+    from miles.orchestration.job import Job
+
+
+class InlineExecutor:
+    """One process."""
+
+    @asynccontextmanager
+    async def driver(
+        self, job: Job, record: RecordWriter, supervisor: Supervisor, observer: Observer
+    ) -> AsyncIterator[Driver]:
+        """Load the model once, and put trainer, engine and the run's books around it."""
+        workers.settle_process(job.plan.threads.count)
+        spec = run_model(job.resolved.config, job.source)
+        tokenizer = assemble.load_tokenizer(job.resolved.config, job.source.directory)
+        trainer = workers.build_trainer(job, spec)
+        if workers.is_supervised(job):
+            demonstrations = workers.build_demonstrations(job, spec, tokenizer)
+            yield await workers.build_driver(job, demonstrations, trainer, None, record, supervisor, observer)
+            return
+        engine = workers.build_engine(job, spec)
+        workers.watch_gap(job, trainer.trainer, engine)
+        reward = job.resolved.config.reward
+        score = inline_score(job.resolved.config, reward.reward_key, record)
+        eval_score = inline_score(job.resolved.config, reward.eval_reward_key or reward.reward_key, record)
+        sampling = workers.build_sampling(job, spec, tokenizer, engine, score, eval_score)
+        fault = job.resolved.config.debug.inject_fault
+        own = assemble.engine_precision(job.plan)
+        weights: WeightSync = (
+            SharedWeights(trainer, engine) if own is None else RoundedWeights(trainer, engine, own)
+        )
+        rollout, sync = engine_faults.inject(
+            fault, sampling, weights, engine, lambda: weights_for_engine(trainer, own)
+        )
+        yield await workers.build_driver(job, rollout, trainer, sync, record, supervisor, observer)
+
+    def close(self) -> None:
+        """Nothing runs outside this process."""

@@ -1,0 +1,110 @@
+"""One attempt at a run: what it is told, where it is written down and how it ended; torch stays unloaded."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from miles import environment
+from miles._version import __version__
+from miles.config import ResolvedConfig, config_hash, dump_toml, to_json
+from miles.errors import ExitCode, MilesError
+from miles.orchestration.checkpoint_sources import CheckpointSource
+from miles.orchestration.checkpoints import CheckpointStore
+from miles.orchestration.lineage import RESTART, Lineage
+from miles.planning import Plan
+from miles.record import RunLayout, Summary, create_run_dir
+
+KEPT_META = ("submission", "parent")
+"""Entries of meta.json that every attempt keeps."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt at a run: what to do and where to write it down."""
+
+    resolved: ResolvedConfig
+    plan: Plan
+    source: CheckpointSource
+    run_dir: Path
+    attempt: int = 1
+    resume_from: Path | None = None
+    """A checkpoint directory; None starts at step 0."""
+    in_cluster: bool = False
+    """This process drives a job on a Ray cluster: workers start there, not in a runtime of our own."""
+    lineage: Lineage = field(default_factory=Lineage)
+
+    @property
+    def checkpoint_root(self) -> Path:
+        """Where the run's checkpoints lie."""
+        return checkpoint_root(self.resolved, self.run_dir)
+
+    def next_attempt(self) -> Job:
+        """The same run again, from its newest checkpoint, in the same process."""
+        latest = CheckpointStore(self.checkpoint_root).latest()
+        # A checkpoint written since holds the settings of this attempt; an older one has to be told again.
+        changes = self.lineage.changes if latest == self.resume_from else {}
+        lineage = Lineage(RESTART, changes)
+        return replace(self, attempt=self.attempt + 1, resume_from=latest, lineage=lineage)
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How an attempt ended. `error` is the user's mistake that ended it, if one did."""
+
+    run_dir: Path
+    summary: Summary
+    exit_code: ExitCode
+    error: MilesError | None = None
+
+
+def checkpoint_root(resolved: ResolvedConfig, run_dir: Path) -> Path:
+    """Where a run's checkpoints lie."""
+    save = resolved.config.checkpoint.save
+    return Path(save) if save else RunLayout(run_dir).checkpoints_dir
+
+
+def new_run_dir(resolved: ResolvedConfig) -> Path:
+    """A fresh run directory, named after the run, else after its profile."""
+    name = resolved.config.run.name or resolved.profile or "run"
+    return create_run_dir(resolved.config.run.runs_dir or environment.runs_dir(), Path(name).stem)
+
+
+def write_identity(
+    run_dir: Path, resolved: ResolvedConfig, plan: Plan, attempt: int = 1, **more: Any
+) -> None:
+    """What an attempt was told: config (for people and for programs), plan and origin of the code."""
+    layout = RunLayout(run_dir)
+    layout.make()
+    config = resolved.config
+    layout.config_toml.write_text(dump_toml(resolved))
+    layout.config_json.write_text(to_json(resolved))
+    layout.plan.write_text(json.dumps(plan.as_dict(), indent=1, default=str) + "\n")
+    kept = {key: value for key, value in read_meta(run_dir).items() if key in KEPT_META}
+    meta = {
+        "id": run_dir.resolve().name,
+        "profile": resolved.profile,
+        "name": config.run.name,
+        "seed": config.run.seed,
+        "code_version": __version__,
+        "config_hash": config_hash(config),
+        "python": platform.python_version(),
+        "command": sys.argv,
+        "attempt": attempt,
+        "started": time.time(),
+    }
+    layout.meta.write_text(json.dumps(kept | meta | more, indent=1) + "\n")
+
+
+def read_meta(run_dir: Path) -> dict[str, Any]:
+    """meta.json; empty while there is none."""
+    path = RunLayout(run_dir).meta
+    if not path.is_file():
+        return {}
+    meta: dict[str, Any] = json.loads(path.read_text())
+    return meta

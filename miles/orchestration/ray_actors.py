@@ -1,0 +1,210 @@
+"""What runs inside the worker processes: the same trainer, engine and scorer as everywhere, around a seat.
+
+The classes are plain; `ray_handles` makes actors of them. Each process has one event loop, one log and one
+record file of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miles.data.sample import Sample
+from miles.errors import MilesError
+from miles.orchestration import assemble, workers
+from miles.orchestration.rewarding import failures_of, scorer_of
+from miles.orchestration.route_wire import pack_answer, unpack_samples
+from miles.orchestration.run_model import run_model
+from miles.orchestration.weight_packets import Manifest, Weights, pack, unpack, verify
+from miles.orchestration.weight_sync import weights_for_engine
+from miles.record import RecordWriter, RunLayout
+from miles.rollout.engine import EngineHealth, GenerateRequest
+from miles.training.trainer import TrainResult
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+    from miles.orchestration.engine_pool import Answer
+    from miles.orchestration.job import Job
+    from miles.training.native.process_group import DataParallel
+
+
+@dataclass(frozen=True)
+class Post:
+    """What a worker process must know of its place: its name in logs and records, and where to work."""
+
+    name: str
+    job: Job
+    cwd: str
+
+
+def take_post(post: Post) -> RecordWriter:
+    """Make this process the named worker: directory, log, threads, record and heartbeat."""
+    if Path(post.cwd).is_dir():
+        os.chdir(post.cwd)
+    job = post.job
+    layout = RunLayout(job.run_dir)
+    layout.make()
+    _log_to(layout.logs_dir / f"{post.name}.log")
+    workers.settle_process(job.plan.threads.count)
+    beat = job.resolved.config.record.heartbeat_interval
+    record = RecordWriter(job.run_dir, writer=post.name, attempt=job.attempt, heartbeat_interval=beat)
+    record.event("worker_start", worker=post.name, pid=os.getpid())
+    return record
+
+
+def _log_to(path: Path) -> None:
+    """Send everything this process prints into its own log."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+class TrainerActor:
+    """One trainer rank. It serves after `join`."""
+
+    def __init__(self, post: Post) -> None:
+        self._post, self._record = post, take_post(post)
+        self._store: TCPStore | None = None
+
+    async def ready(self) -> int:
+        """The process id."""
+        return os.getpid()
+
+    async def node(self) -> str:
+        """The address of this process's machine."""
+        import ray
+
+        return str(ray.util.get_node_ip_address())
+
+    async def open_store(self, host: str) -> int:
+        """Listen for the other ranks on an address of this machine; the port. For the first rank."""
+        from miles.training.native.process_group import open_store
+
+        self._store = open_store(host)
+        return int(self._store.port)
+
+    async def join(self, rank: int, size: int, meeting: tuple[str, int] | None) -> None:
+        """Join the other ranks at the first one's store, and load the weights the job starts from.
+
+        `meeting`: address and port of that store; None for a trainer of one rank.
+        """
+        job = self._post.job
+        with self._record.busy("load"):
+            parallel = None if meeting is None else self._join_group(rank, size, *meeting)
+            self._worker = workers.build_trainer(job, run_model(job.resolved.config, job.source), parallel)
+
+    def _join_group(self, rank: int, size: int, host: str, port: int) -> DataParallel:
+        from miles.training.native.process_group import connect_store, join
+
+        store = self._store if self._store is not None else connect_store(host, port)
+        cluster = self._post.job.resolved.config.cluster
+        return join(
+            store,
+            rank,
+            size,
+            self._post.job.plan.device,
+            timeout_s=60.0 * cluster.distributed_timeout_minutes,
+            backend=cluster.distributed_backend,
+        )
+
+    async def train(self, samples: Sequence[Sample]) -> TrainResult:
+        with self._record.busy("train"):
+            return await self._worker.train(unpack_samples(samples))
+
+    async def set_knobs(self, patch: Mapping[str, float]) -> None:
+        await self._worker.set_knobs(patch)
+
+    async def save(self, directory: Path, optimizer: bool) -> None:
+        with self._record.busy("save"):
+            await self._worker.save(directory, optimizer=optimizer)
+
+    async def load(self, directory: Path) -> None:
+        with self._record.busy("load"):
+            await self._worker.load(directory)
+
+    async def weights(self, version: int) -> tuple[Manifest, Weights]:
+        """The weights of this moment, in the engines' format; the caller keeps the second part in the object
+        store.
+        """
+        job = self._post.job
+        with self._record.busy("update_weights"):
+            target = assemble.engine_precision(job.plan)
+            return pack(weights_for_engine(self._worker, target), version)
+
+
+class EngineActor:
+    """One engine."""
+
+    def __init__(self, post: Post) -> None:
+        self._record = take_post(post)
+        job = post.job
+        self._engine = workers.build_engine(job, run_model(job.resolved.config, job.source))
+
+    async def ready(self) -> int:
+        """The process id."""
+        return os.getpid()
+
+    async def load(self, manifest: Manifest, weights: Weights) -> None:
+        """Check all of the weights, then take them over between two steps. Raises: WeightsDamaged."""
+        with self._record.busy("update_weights"):
+            verify(manifest, weights)
+            await self._engine.receive_weights(unpack(weights), manifest.version)
+
+    async def generate(self, calls: Sequence[Sequence[GenerateRequest]]) -> AsyncIterator[tuple[int, Answer]]:
+        """Answer calls as they complete; they are submitted together, so that they share steps."""
+        with self._record.busy("generate"):
+            tasks = [asyncio.create_task(self._answer(i, requests)) for i, requests in enumerate(calls)]
+            for completed in asyncio.as_completed(tasks):
+                yield await completed
+
+    async def _answer(self, index: int, requests: Sequence[GenerateRequest]) -> tuple[int, Answer]:
+        try:
+            return index, pack_answer(await self._engine.generate(requests))
+        except MilesError as refused:
+            return index, refused
+
+    async def abort(self, groups: Collection[int] | None) -> int:
+        return await self._engine.abort(groups)
+
+    async def health(self) -> EngineHealth:
+        return self._engine.health()
+
+    async def metrics(self) -> dict[str, float]:
+        return self._engine.metrics()
+
+
+class RewardActor:
+    """One process that judges responses."""
+
+    def __init__(self, post: Post) -> None:
+        self._record = take_post(post)
+        config = post.job.resolved.config
+        reward = config.reward
+        self._training = scorer_of(config, reward.reward_key)
+        self._evaluation = scorer_of(config, reward.eval_reward_key or reward.reward_key)
+
+    async def ready(self) -> int:
+        """The process id."""
+        return os.getpid()
+
+    async def score(
+        self, samples: Sequence[Sample], evaluation: bool
+    ) -> tuple[list[Sample], list[tuple[str, int, str]]]:
+        """The samples as the reward function left them, and the rewards that could not be computed."""
+        scorer = self._evaluation if evaluation else self._training
+        with self._record.busy("reward"):
+            report = await scorer.score(samples)
+        return list(samples), failures_of(report)
+
+
+ACTORS: dict[str, type[Any]] = {"trainer": TrainerActor, "engine": EngineActor, "reward": RewardActor}
+"""Worker classes by role; a worker is called <role>-<rank>."""

@@ -1,0 +1,181 @@
+"""The ray executor: trainer, engines and reward workers in processes of their own, the loop in this one."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from miles.data.sample import Sample
+from miles.orchestration import assemble, workers
+from miles.orchestration.driver import Driver
+from miles.orchestration.engine_pool import EnginePool, RemoteEngine
+from miles.orchestration.job import Job
+from miles.orchestration.observer import Observer
+from miles.orchestration.ray_actors import ACTORS, Post
+from miles.orchestration.ray_runtime import RayRuntime
+from miles.orchestration.rewarding import record_failures
+from miles.orchestration.run_model import run_model
+from miles.orchestration.seats import Seat, call
+from miles.orchestration.supervisor import Supervisor
+from miles.orchestration.trainer_ranks import TrainerRanks
+from miles.orchestration.weight_sync import PacketWeights
+from miles.planning.workers import WorkersPlan
+from miles.record import RecordWriter
+from miles.rollout.collect import Score
+
+H = TypeVar("H")
+
+
+class RayExecutor:
+    """Real Ray actors, in a private runtime or in the cluster that runs this process."""
+
+    def __init__(self, in_cluster: bool) -> None:
+        self._runtime = RayRuntime(in_cluster)
+
+    @asynccontextmanager
+    async def driver(
+        self, job: Job, record: RecordWriter, supervisor: Supervisor, observer: Observer
+    ) -> AsyncIterator[Driver]:
+        """Start the workers of an attempt, and put the run's books around them."""
+        if not self._runtime.started:
+            with record.phase("start_ray"):
+                self._runtime.start(job.plan)
+            supervisor.listen_again()
+        crew = _Crew(self._runtime, job, record, observer)
+        try:
+            with record.phase("start_workers"):
+                driver = await crew.assemble(supervisor)
+            yield driver
+        finally:
+            crew.dismiss()
+
+    def close(self) -> None:
+        """End the private runtime; in a cluster, give the reserved room back."""
+        self._runtime.stop()
+
+
+class _Crew:
+    """The workers of one attempt."""
+
+    def __init__(self, runtime: RayRuntime, job: Job, record: RecordWriter, observer: Observer) -> None:
+        assert job.plan.workers is not None, "the ray executor has a plan of its workers"
+        self._runtime, self._job, self._record, self._observer = runtime, job, record, observer
+        self._plan: WorkersPlan = job.plan.workers
+        self._config = job.resolved.config
+        self._workers: list[Any] = []
+        self._health: asyncio.Task[None] | None = None
+        self._sync: PacketWeights | None = None
+
+    async def assemble(self, supervisor: Supervisor) -> Driver:
+        """Every worker, and the driver around them."""
+        job, record, observer = self._job, self._record, self._observer
+        spec = run_model(self._config, job.source)
+        tokenizer = assemble.load_tokenizer(self._config, job.source.directory)
+        if workers.is_supervised(job):
+            trainer = await self._trainer()
+            demonstrations = workers.build_demonstrations(job, spec, tokenizer)
+            return await workers.build_driver(
+                job, demonstrations, trainer, None, record, supervisor, observer
+            )
+        engines = self._engine_seats()
+        judges = self._reward_seats()
+        others = asyncio.gather(*(seat.fill() for seat in (*engines, *judges)))
+        trainer, _ = await asyncio.gather(self._trainer(), others)
+        pool = EnginePool(engines)
+        self._sync = PacketWeights(trainer, pool, record)
+        turns = itertools.cycle(judges)
+        rollout = workers.build_sampling(
+            job, spec, tokenizer, pool, self._score(turns, False), self._score(turns, True)
+        )
+        driver = await workers.build_driver(job, rollout, trainer, self._sync, record, supervisor, observer)
+        self._watch(pool)
+        return driver
+
+    def dismiss(self) -> None:
+        """End every process of the attempt."""
+        if self._health is not None:
+            self._health.cancel()
+        for worker in self._workers:
+            worker.kill()
+
+    async def _trainer(self) -> TrainerRanks:
+        from miles.orchestration.ray_handles import RayTrainer
+
+        started = (self._start("trainer", i, bundle=i, handle=RayTrainer) for i in range(self._plan.trainers))
+        trainer = TrainerRanks(await asyncio.gather(*started))
+        await trainer.join()
+        return trainer
+
+    def _engine_seats(self) -> Sequence[Seat[RemoteEngine]]:
+        from miles.orchestration.ray_handles import RayEngine
+
+        async def launch(rank: int) -> RemoteEngine:
+            engine = await self._start("engine", rank, self._plan.trainers + rank, RayEngine)
+            if self._sync is not None and self._sync.current is not None:
+                await engine.load(self._sync.current)
+            return engine
+
+        return [self._seat(f"engine-{rank}", launch, rank) for rank in range(self._plan.engines)]
+
+    def _reward_seats(self) -> Sequence[Seat[Any]]:
+        from miles.orchestration.ray_handles import RayReward
+
+        first = self._plan.trainers + self._plan.engines
+
+        async def launch(rank: int) -> Any:
+            return await self._start("reward", rank, first + rank, RayReward)
+
+        return [self._seat(f"reward-{rank}", launch, rank) for rank in range(self._plan.reward_workers)]
+
+    def _seat(self, name: str, launch: Any, rank: int) -> Seat[Any]:
+        limit = self._config.fault_tolerance.max_worker_restarts
+        return Seat(name, lambda: launch(rank), limit, self._report)
+
+    async def _start(self, role: str, rank: int, bundle: int, handle: Any) -> Any:
+        """Start one worker process and wait until it is ready."""
+        import ray
+
+        from miles.orchestration.ray_handles import answer
+
+        name = f"{role}-{rank}"
+        cpus = 1 if role == "reward" else self._plan.threads
+        options = {
+            "num_cpus": cpus,
+            "max_restarts": 0,
+            "scheduling_strategy": self._runtime.place(bundle),
+            "runtime_env": {"env_vars": dict(self._job.plan.exports)},
+        }
+        actor = ray.remote(ACTORS[role]).options(**options).remote(Post(name, self._job, os.getcwd()))
+        pid = await answer(name, actor.ready.remote())
+        worker = handle(name, actor, pid)
+        self._workers.append(worker)
+        return worker
+
+    def _score(self, turns: itertools.cycle[Seat[Any]], evaluation: bool) -> Score:
+        async def score(samples: Sequence[Sample]) -> list[Any]:
+            judged, failures = await call(next(turns), lambda judge: judge.score(samples, evaluation))
+            record_failures(self._record, failures)
+            for sample, copy in zip(samples, judged, strict=True):
+                sample.metadata, sample.status = copy.metadata, copy.status
+            return [copy.reward for copy in judged]
+
+        return score
+
+    def _report(self, kind: str, **fields: Any) -> None:
+        """A worker was lost or replaced."""
+        self._record.event(kind, **fields)
+        self._observer.on_event(kind, fields)
+
+    def _watch(self, pool: EnginePool) -> None:
+        health = self._config.fault_tolerance
+        if health.use_fault_tolerance:
+            checks = pool.check_health(
+                health.rollout_health_check_interval,
+                health.rollout_health_check_timeout,
+                health.rollout_health_check_first_wait,
+            )
+            self._health = asyncio.create_task(checks)

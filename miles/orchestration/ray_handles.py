@@ -1,0 +1,144 @@
+"""The driver's side of a worker process: plain methods over actor calls, deaths as WorkerLost."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Collection, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from miles.data.sample import Sample
+from miles.orchestration.route_wire import pack_samples, unpack_answer
+from miles.orchestration.weight_packets import Manifest, WeightsDamaged
+from miles.orchestration.worker_loss import WorkerLost
+from miles.rollout.engine import EngineHealth, GenerateRequest
+from miles.training.trainer import TrainResult
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from miles.orchestration.engine_pool import Answer
+
+
+@contextmanager
+def translated(worker: str) -> Iterator[None]:
+    """Ray's errors as ours: a lost process is WorkerLost, what a worker raised is raised here again."""
+    try:
+        yield
+    except RayActorError as death:
+        raise WorkerLost(worker, _reason(death)) from death
+    except RayTaskError as failed:
+        if isinstance(failed.cause, ObjectLostError):
+            raise WeightsDamaged(f"an object on its way to {worker} was lost") from failed
+        # The remote traceback stays readable as the cause.
+        raise failed.cause from failed
+
+
+async def answer(worker: str, call: Awaitable[Any]) -> Any:
+    """The result of one actor call."""
+    with translated(worker):
+        return await call
+
+
+def _reason(death: RayActorError) -> str:
+    """One line for people from Ray's report of a death."""
+    lines = [line.strip() for line in str(death).splitlines() if line.strip()]
+    told = next((line for line in lines if "actor is dead because" in line), lines[0] if lines else "")
+    return told.partition(" Some common causes")[0]
+
+
+class Handle:
+    """A worker process by name."""
+
+    def __init__(self, name: str, actor: Any, pid: int) -> None:
+        self.name, self.pid, self._actor = name, pid, actor
+
+    def kill(self) -> None:
+        ray.kill(self._actor)
+
+
+@dataclass(frozen=True)
+class Packet:
+    """Weights that lie in the object store."""
+
+    manifest: Manifest
+    weights: Any
+    """An object reference; the driver never fetches what it points to."""
+
+
+class RayTrainer(Handle):
+    """A trainer rank in a process of its own (`trainer_ranks.TrainerRank`)."""
+
+    async def node(self) -> str:
+        node: str = await answer(self.name, self._actor.node.remote())
+        return node
+
+    async def open_store(self, host: str) -> int:
+        port: int = await answer(self.name, self._actor.open_store.remote(host))
+        return port
+
+    async def join(self, rank: int, size: int, meeting: tuple[str, int] | None) -> None:
+        await answer(self.name, self._actor.join.remote(rank, size, meeting))
+
+    def share(self, samples: Sequence[Sample]) -> Any:
+        """A reference into the object store, which every rank reads; routes travel compact."""
+        return ray.put(pack_samples(samples))
+
+    async def train(self, shared: Any) -> TrainResult:
+        result: TrainResult = await answer(self.name, self._actor.train.remote(shared))
+        return result
+
+    async def set_knobs(self, patch: Mapping[str, float]) -> None:
+        await answer(self.name, self._actor.set_knobs.remote(dict(patch)))
+
+    async def save(self, directory: Path, *, optimizer: bool = True) -> None:
+        await answer(self.name, self._actor.save.remote(directory, optimizer))
+
+    async def load(self, directory: Path) -> None:
+        await answer(self.name, self._actor.load.remote(directory))
+
+    async def weights(self, version: int) -> Packet:
+        manifest, weights = self._actor.weights.options(num_returns=2).remote(version)
+        return Packet(await answer(self.name, manifest), weights)
+
+
+class RayEngine(Handle):
+    """An engine in a process of its own (`engine_pool.RemoteEngine`)."""
+
+    async def generate(self, calls: Sequence[Sequence[GenerateRequest]]) -> AsyncIterator[tuple[int, Answer]]:
+        with translated(self.name):
+            async for item in self._actor.generate.options(num_returns="streaming").remote(list(calls)):
+                index, answer = await item
+                yield index, unpack_answer(answer)
+
+    async def abort(self, groups: Collection[int] | None) -> int:
+        count: int = await answer(self.name, self._actor.abort.remote(groups))
+        return count
+
+    async def load(self, packet: Packet) -> None:
+        await answer(self.name, self._actor.load.remote(packet.manifest, packet.weights))
+
+    async def health(self) -> EngineHealth:
+        health: EngineHealth = await answer(self.name, self._actor.health.remote())
+        return health
+
+    async def metrics(self) -> dict[str, float]:
+        metrics: dict[str, float] = await answer(self.name, self._actor.metrics.remote())
+        return metrics
+
+
+class RayReward(Handle):
+    """A scorer in a process of its own."""
+
+    async def score(
+        self, samples: Sequence[Sample], evaluation: bool
+    ) -> tuple[list[Sample], list[tuple[str, int, str]]]:
+        """Judge copies without routes, which no reward function reads and which are the bulk of a sample."""
+        light = [replace(sample, rollout_routed_experts=None) for sample in samples]
+        judged: tuple[list[Sample], list[tuple[str, int, str]]]
+        judged = await answer(self.name, self._actor.score.remote(light, evaluation))
+        return judged

@@ -1,0 +1,108 @@
+"""Ray around one run: a private runtime on this machine, or the cluster that runs this process as a job."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from typing import Any
+
+from miles.errors import Unavailable
+from miles.orchestration.ray_environment import load_ray, prepare_private_runtime
+from miles.planning import Plan
+from miles.planning.workers import WorkersPlan
+
+PLACEMENT_SECONDS = 60.0
+_MIB = 1 << 20
+_STORE_BYTES = 256 * _MIB
+"""Object store beside weights: samples on their way."""
+_VERSIONS_HELD = 3
+"""Weight versions that the object store may hold at once: old, new, and one on its way out."""
+
+
+class RayRuntime:
+    """Started once for all attempts of a run."""
+
+    def __init__(self, in_cluster: bool) -> None:
+        self._in_cluster = in_cluster
+        self._temp_dir: str | None = None
+        self._placement: Any = None
+
+    @property
+    def started(self) -> bool:
+        return self._placement is not None
+
+    def start(self, plan: Plan) -> None:
+        """Connect and reserve room for every worker. Raises: Unavailable."""
+        assert plan.workers is not None
+        if not self._in_cluster:
+            prepare_private_runtime()
+        ray = load_ray()
+        if not ray.is_initialized():
+            self._connect(ray, plan)
+        self._placement = _reserve(ray, plan.workers)
+
+    def place(self, bundle: int) -> Any:
+        """Where worker number `bundle` goes: trainers first, then engines, then reward workers."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=bundle)
+
+    def stop(self) -> None:
+        """End what was started here, by its own handle; other runtimes of the machine are left alone."""
+        if self._placement is None and self._temp_dir is None:
+            return
+        import ray
+        from ray.util import remove_placement_group
+
+        if self._placement is not None and ray.is_initialized():
+            remove_placement_group(self._placement)
+        self._placement = None
+        if self._temp_dir is not None:
+            ray.shutdown()
+            shutil.rmtree(self._temp_dir, ignore_errors=True)
+            self._temp_dir = None
+
+    def _connect(self, ray: Any, plan: Plan) -> None:
+        common = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
+        try:
+            if self._in_cluster:
+                ray.init(address="auto", **common)
+                return
+            # Short: the sockets inside must fit in the 107 bytes of a socket path.
+            self._temp_dir = tempfile.mkdtemp(prefix="miles-ray-", dir="/tmp")
+            ray.init(
+                address="local",
+                num_cpus=plan.workers.cpus if plan.workers else 1,
+                num_gpus=0,
+                object_store_memory=_STORE_BYTES + _VERSIONS_HELD * _weight_bytes(plan),
+                include_dashboard=False,
+                _temp_dir=self._temp_dir,
+                **common,
+            )
+        except (RuntimeError, OSError, ValueError) as error:
+            raise Unavailable(
+                "Ray did not start" if not self._in_cluster else "the job cannot reach its own cluster",
+                where=self._temp_dir or "",
+                why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+                fix="take --executor inline, or look at the logs of Ray in that directory",
+            ) from error
+
+
+def _reserve(ray: Any, workers: WorkersPlan) -> Any:
+    """One bundle per worker. Raises: Unavailable with the arithmetic when there is no room."""
+    heavy = [{"CPU": workers.threads}] * (workers.trainers + workers.engines)
+    group = ray.util.placement_group(heavy + [{"CPU": 1}] * workers.reward_workers, strategy="PACK")
+    if group.wait(PLACEMENT_SECONDS):
+        return group
+    total, free = ray.cluster_resources(), ray.available_resources()
+    ray.util.remove_placement_group(group)
+    raise Unavailable(
+        "the cluster has no room for the workers",
+        why=f"{workers.arithmetic}; the cluster has {total.get('CPU', 0):g} CPU, {free.get('CPU', 0):g} of "
+        f"them free after waiting {PLACEMENT_SECONDS:g} s",
+        fix="wait for other jobs to end, or lower --num-engines",
+    )
+
+
+def _weight_bytes(plan: Plan) -> int:
+    return plan.model.parameters * (4 if plan.dtype == "fp32" else 2)

@@ -1,0 +1,87 @@
+"""Weights from the trainer to the engines, versioned, between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from miles.arch.precision import PrecisionPolicy
+from miles.errors import RunError
+from miles.orchestration.engine_pool import EnginePool
+from miles.orchestration.train_worker import TrainWorker
+from miles.orchestration.weight_packets import WeightsDamaged
+from miles.precision.weight_format import in_format
+from miles.record import RecordWriter
+from miles.rollout.native.engine import NativeEngine
+
+MAX_SENDS = 3
+"""Transfers of one version before the run gives up."""
+
+
+class WeightSync(Protocol):
+    """One way for weights to travel."""
+
+    async def send(self, version: int) -> None:
+        """Every engine serves `version` when this returns, or an error is raised."""
+
+
+def weights_for_engine(trainer: TrainWorker, policy: PrecisionPolicy | None) -> Iterable[tuple[str, Tensor]]:
+    """The weights of this moment under published names, as the engine sees them; policy None: as they are."""
+    weights = trainer.trainer.named_weights()
+    return weights if policy is None else in_format(weights, policy)
+
+
+class SharedWeights:
+    """Trainer and engine read the same tensors: one process, one dtype, taking turns."""
+
+    def __init__(self, trainer: TrainWorker, engine: NativeEngine) -> None:
+        self._trainer = trainer
+        self._engine = engine
+
+    async def send(self, version: int) -> None:
+        trainer = self._trainer.trainer
+        await self._engine.share_weights(trainer.decoder, version, trainer.draft)
+
+
+class RoundedWeights:
+    """The engine has weights of its own in another number format: one process, copied between two steps."""
+
+    def __init__(self, trainer: TrainWorker, engine: NativeEngine, policy: PrecisionPolicy) -> None:
+        self._trainer, self._engine, self._policy = trainer, engine, policy
+
+    async def send(self, version: int) -> None:
+        await self._engine.receive_weights(weights_for_engine(self._trainer, self._policy), version)
+
+
+class WeightSource(Protocol):
+    """A trainer in another process."""
+
+    async def weights(self, version: int) -> Any:
+        """A packet that engines can load, where it is."""
+
+
+class PacketWeights:
+    """Trainer and engines in processes of their own: checked packets through the object store.
+
+    An engine loads a packet between two of its steps, after checking all of it, so it never serves two
+    versions at once. `current` is what a replaced engine must load before it serves.
+    """
+
+    def __init__(self, trainer: WeightSource, pool: EnginePool, record: RecordWriter) -> None:
+        self._trainer, self._pool, self._record = trainer, pool, record
+        self.current: Any = None
+
+    async def send(self, version: int) -> None:
+        for sends in range(1, MAX_SENDS + 1):
+            self.current = await self._trainer.weights(version)
+            try:
+                await self._pool.receive(self.current)
+                return
+            except WeightsDamaged as damage:
+                self._record.event("weight_sync_failed", version=version, sends=sends, reason=damage.what)
+                last = damage
+        raise RunError(
+            f"weight version {version} could not be handed over in {MAX_SENDS} attempts", why=last.what
+        )

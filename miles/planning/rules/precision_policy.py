@@ -1,0 +1,106 @@
+"""Rules on the precision policy: the checkpoint holds what it says, and every tensor can be held so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from miles.arch import published_tensors
+from miles.arch.precision import PrecisionPolicy
+from miles.arch.tensor_roles import decoder_layer
+from miles.planning.facts.quantisation import Quantisation
+from miles.planning.findings import Found, Severity
+from miles.planning.rules.rule import rule
+from miles.planning.subject import Subject
+
+SHOWN = 2
+"""Names shown before the rest is counted."""
+
+
+@rule(
+    "PRC10",
+    Severity.ERROR,
+    title="the checkpoint and the precision policy disagree about tensors",
+    cause="engine and weight sync follow the policy of the run file; a tensor that the checkpoint holds in "
+    "another format than the policy says has one format at the start and another after the first update",
+    fix="name the exceptions of the checkpoint in --extra-high-precision-layers-hf, or convert it again: "
+    "miles convert BASE DIR --for RUN",
+)
+def tensors_differ(subject: Subject) -> Iterator[Found]:
+    policy, held = _same_format(subject)
+    if policy is None or held is None or subject.spec is None or not held.quantised:
+        return
+    wanted = {name for name in published_tensors(subject.spec) if not policy.storage(name).is_plain}
+    told = []
+    if too_many := [n for n in sorted(held.quantised - wanted) if not _told_elsewhere(n, policy, held)]:
+        told.append(f"quantised in the checkpoint, plain by the policy: {_listed(too_many)}")
+    if missing := [n for n in sorted(wanted - held.quantised) if _in_quantised_layer(n, held)]:
+        told.append(f"plain in the checkpoint, quantised by the policy: {_listed(missing)}")
+    if told:
+        yield Found("; ".join(told), "precision.extra_high_precision_layers_hf")
+
+
+@rule(
+    "PRC11",
+    Severity.ERROR,
+    title="the checkpoint's block scales are of another convention than the run's",
+    cause="the engine starts from the checkpoint's scales and gets the run's with the first update: the same "
+    "weights, rounded differently",
+    fix="set --fp8-block-scale to the checkpoint's, or convert it again: miles convert BASE DIR --for RUN",
+)
+def scales_differ(subject: Subject) -> Iterator[Found]:
+    policy, held = _same_format(subject)
+    if policy is None or held is None or policy.rollout.name != "fp8" or held.scales is None:
+        return
+    if held.scales != policy.rollout.scales:
+        yield Found(
+            f"{held.scales} scales in the checkpoint, {policy.rollout.scales} in the run",
+            "precision.fp8_block_scale",
+            f"add --fp8-block-scale {held.scales}, or convert the checkpoint again",
+        )
+
+
+@rule(
+    "PRC12",
+    Severity.ERROR,
+    title="groups of this format do not fill the rows of a weight",
+    cause="MXFP8, NVFP4 and INT4 cut rows into groups that share a scale; no layout has a shorter last group",
+    fix="choose another --rollout-format, or keep these weights plain: --extra-high-precision-layers-hf",
+)
+def groups_do_not_fill_rows(subject: Subject) -> Iterator[Found]:
+    policy, spec = subject.precision, subject.spec
+    group = policy.rollout.group if policy else None
+    if policy is None or spec is None or group is None:
+        return
+    bad = [
+        (name, shape[-1])
+        for name, shape in published_tensors(spec).items()
+        if not policy.storage(name).is_plain and shape[-1] % group
+    ]
+    if bad:
+        name, columns = bad[0]
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        yield Found(
+            f"{policy.rollout.name} has groups of {group}, {name}{more} rows of {columns}",
+            "precision.rollout_format",
+        )
+
+
+def _same_format(subject: Subject) -> tuple[PrecisionPolicy | None, Quantisation | None]:
+    """Policy and checkpoint where both are quantised in one format; else another rule has spoken."""
+    policy, held = subject.precision, subject.facts.checkpoint.quantisation
+    return (policy, held) if policy and held and policy.rollout.name == held.method else (None, None)
+
+
+def _told_elsewhere(name: str, policy: PrecisionPolicy, held: Quantisation) -> bool:
+    """FP6 tells of tensors that every policy keeps, FP7 of whole layers."""
+    return name in held.wrongly_quantised or policy.exception(name).startswith("in the")
+
+
+def _in_quantised_layer(name: str, held: Quantisation) -> bool:
+    layer = decoder_layer(name)
+    return layer is None or layer in held.low_precision_layers
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,43 @@
+"""Which processes a run consists of where workers have processes of their own, and what they need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from miles.config import RunConfig
+
+
+@dataclass(frozen=True)
+class WorkersPlan:
+    """Processes beside the driver. Trainers and engines take `threads` CPUs each, reward workers one."""
+
+    trainers: int
+    engines: int
+    reward_workers: int
+    threads: int
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of all processes, the driver's included."""
+        return 1 + (self.trainers + self.engines) * self.threads + self.reward_workers
+
+    @property
+    def arithmetic(self) -> str:
+        """How the CPUs add up, for people."""
+        parts = ["driver 1"]
+        for name, count, each in (
+            ("trainers", self.trainers, self.threads),
+            ("engines", self.engines, self.threads),
+            ("reward workers", self.reward_workers, 1),
+        ):
+            if count:
+                parts.append(f"{name} {count} × {each}")
+        return f"{' + '.join(parts)} = {self.cpus} CPU"
+
+
+def plan_workers(config: RunConfig, threads: int) -> WorkersPlan:
+    """Trainer ranks, engines and reward workers as set; only the first where nothing is sampled."""
+    ranks = config.training.data_parallel_size
+    if config.algorithm.loss_type == "sft_loss":
+        return WorkersPlan(ranks, 0, 0, threads)
+    return WorkersPlan(ranks, config.engine.num_engines, config.reward.num_reward_workers, threads)

@@ -1,0 +1,1 @@
+"""Verifiers, reward models, and the user hook."""

@@ -1,0 +1,1 @@
+"""Engines, generation functions, collection."""

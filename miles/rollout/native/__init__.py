@@ -1,0 +1,1 @@
+"""The native engine: continuous batching over one decoder in the caller's event loop."""

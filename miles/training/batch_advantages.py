@@ -1,0 +1,85 @@
+"""From the rewards of a rollout batch to an advantage on every trained row."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from miles.algorithms.advantages import AdvantageRows, whiten
+from miles.algorithms.group_rewards import GroupRewards, choose_baseline, normalize_group_rewards
+from miles.algorithms.kl import approximate_kl
+from miles.algorithms.sequences import Sequences
+from miles.data.batch import TrainBatch
+from miles.errors import DataError
+from miles.training.settings import AlgorithmSettings
+
+
+def with_advantages(batch: TrainBatch, settings: AlgorithmSettings) -> tuple[TrainBatch, dict[str, float]]:
+    """The whole rollout batch with advantages, and metrics of the reward normalisation.
+
+    Runs before the batch is split into optimizer steps: groups and whitening span the rollout batch. With a
+    KL penalty in the reward (`kl_coef`), `old_log_probs` and `ref_log_probs` must be there.
+
+    Raises:
+        DataError: a sequence without a reward, or without a group where the estimator has a group baseline.
+    """
+    _require_rewards(batch)
+    estimator = settings.estimator
+    normalized = _normalize(batch, settings)
+    mask_T = torch.from_numpy(batch.loss_mask)
+    rows = AdvantageRows(
+        rewards_N=normalized.values_N,
+        loss_mask_T=mask_T,
+        sequences=Sequences(torch.from_numpy(batch.cu_seqlens)),
+        kl_T=_reward_kl(batch, settings) if estimator.uses_kl_penalty else None,
+        kl_coef=settings.kl_coef,
+        gamma=settings.gamma,
+    )
+    advantages_T = estimator.spread(rows)
+    if settings.normalize_advantages or estimator.needs_whitening:
+        advantages_T = whiten(advantages_T, mask_T)
+    metrics = {"rollout/rewards": normalized.values_N.mean().item()}
+    if (batch.group_index >= 0).all():
+        metrics["train/active_group_fraction"] = 1 - normalized.num_flat_groups / normalized.num_groups
+    return batch.with_rows(advantages=advantages_T.numpy()), metrics
+
+
+def distinct_rollouts(batch: TrainBatch) -> np.ndarray:
+    """int64 [N] rollout ids, where a sequence without one is a rollout of its own."""
+    own = -1 - np.arange(batch.num_sequences, dtype=np.int64)
+    return np.where(batch.rollout_ids >= 0, batch.rollout_ids, own)
+
+
+def _require_rewards(batch: TrainBatch) -> None:
+    missing = np.isnan(batch.rewards)
+    if missing.any():
+        raise DataError(
+            f"{int(missing.sum())} of {batch.num_sequences} samples have no reward",
+            where=f"samples {batch.sample_index[missing][:8].tolist()}",
+            why="a sample without a reward has no advantage",
+            fix="leave such samples out of the batch, or mend the reward function",
+        )
+
+
+def _normalize(batch: TrainBatch, settings: AlgorithmSettings) -> GroupRewards:
+    baseline = choose_baseline(
+        settings.estimator.baseline,
+        disable_rewards_normalization=settings.disable_rewards_normalization,
+        disable_std_normalization=settings.disable_grpo_std_normalization,
+    )
+    if baseline != "none" and (batch.group_index < 0).any():
+        raise DataError(
+            f"samples without a prompt group cannot be normalised for {settings.advantage_estimator}",
+            fix="set group_index on every sample, or set algorithm.disable_rewards_normalization",
+        )
+    return normalize_group_rewards(
+        batch.rewards.tolist(), batch.group_index.tolist(), distinct_rollouts(batch).tolist(), baseline
+    )
+
+
+def _reward_kl(batch: TrainBatch, settings: AlgorithmSettings) -> torch.Tensor | None:
+    if settings.kl_coef == 0:
+        return None
+    assert batch.old_log_probs is not None and batch.ref_log_probs is not None, "kl_coef needs both"
+    old_T, reference_T = torch.from_numpy(batch.old_log_probs), torch.from_numpy(batch.ref_log_probs)
+    return approximate_kl(old_T, reference_T, settings.policy.kl_loss_type)

@@ -1,0 +1,1 @@
+"""The torch trainer: one process, packed sequences, replayed routes, fused AdamW."""

@@ -1,0 +1,362 @@
+"""NativeTrainer: log-probs, losses and optimizer steps of one native decoder, in one process or several.
+
+>>> trainer = NativeTrainer(spec, settings)
+>>> trainer.load_weights(read_hf(checkpoint))
+>>> result = trainer.train_step(batch)
+
+With `parallel` (see `process_group`) this process is one of N ranks. Each of them makes the same calls with
+the same arguments, the whole rollout batch included; a rank trains on its share, holds its shard of weights
+and moments (FSDP2), and returns the results of the whole. The result is that of one rank up to the order of
+floating-point sums, except for the load-balancing loss, which is a mean over micro-batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from miles.arch.spec import ArchSpec
+from miles.data.batch import TrainBatch
+from miles.errors import RunError
+from miles.models.decoder import Decoder
+from miles.models.mtp import MtpDraft
+from miles.models.numerics import FAST, Numerics
+from miles.training.batch_advantages import with_advantages
+from miles.training.knobs import Knobs
+from miles.training.native.batch_checks import require_rollout_log_probs, validate_batch
+from miles.training.native.checkpoint import TrainerTensors, load_checkpoint, save_checkpoint
+from miles.training.native.draft import DraftTraining
+from miles.training.native.forward import forward, make_router
+from miles.training.native.gap_watch import GapWatch
+from miles.training.native.measurements import DISPATCHED, PassMeasurements
+from miles.training.native.micro_batches import cut_micro_batches, split_optimizer_steps, trained_sequences
+from miles.training.native.optimizer import MasterAdamW
+from miles.training.native.probe import gap_without_replay
+from miles.training.native.ranks import OneRank, Ranks
+from miles.training.native.shared_prompts import may_share_prompts
+from miles.training.native.state import TrainerState
+from miles.training.native.tensor_layout import TensorLayout, WholeTensors
+from miles.training.native.update import OptimizerStep, Update
+from miles.training.settings import TrainerSettings
+from miles.training.trainer import LogProbs, ModelRole, TrainResult
+from miles.weights.native_map import joint, to_published
+
+if TYPE_CHECKING:
+    from miles.training.native.process_group import DataParallel
+
+
+class NativeTrainer:
+    """The torch trainer. Implements `training.trainer.Trainer`.
+
+    Args:
+        device: where the model lives; with `parallel` it is that of the rank.
+        parallel: this process's place among the ranks; None trains alone.
+        dtype: the format of the model's weights and activations; optimizer state is fp32 in any case.
+        source_dir: the HF checkpoint whose config.json and tokenizer go along with saved weights.
+        numerics: how the decoder computes; exact bits need the engine to have the same object.
+        spec: with `spec.mtp`, the MTP layers are loaded, saved and handed over along with the policy, and
+            trained where the settings ask for it.
+    """
+
+    def __init__(
+        self,
+        spec: ArchSpec,
+        settings: TrainerSettings,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        source_dir: Path | None = None,
+        parallel: DataParallel | None = None,
+        numerics: Numerics = FAST,
+    ) -> None:
+        settings.validate()
+        self.spec, self.settings, self.dtype, self.source_dir = spec, settings, dtype, source_dir
+        self.device = torch.device(device) if parallel is None else parallel.device
+        self.ranks: Ranks = parallel or OneRank()
+        self.layout = _layout(self.device, parallel)
+        self._numerics = numerics
+        self.decoder = self._make_decoder()
+        self.decoder.recompute_num_layers = settings.recompute_num_layers
+        self.decoder.recompute(settings.recompute_modules)
+        self.reference: Decoder | None = None
+        self.gap_watch: GapWatch | None = None
+        """Set for a run that promises the engine's bits."""
+        self.optimizer = self._make_optimizer(self.decoder)
+        self.draft = self._make_draft()
+        self.draft_training = self._make_draft_training()
+        knobs = Knobs.from_settings(settings)
+        self.state = TrainerState(
+            knobs=knobs, configured=knobs, draft_updates=None if self.draft_training is None else 0
+        )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far, skipped ones included."""
+        return self.state.step
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], model: ModelRole = "policy") -> None:
+        """Fill the policy with its MTP layers, or the reference, which has none, from tensors under published
+        names, in any dtype.
+        """
+        if model == "policy":
+            self.layout.load(self.spec, self._parameters, tensors, where="weights")
+            self.optimizer.reset_masters()
+            if self.draft_training is not None:
+                self.draft_training.optimizer.reset_masters()
+            return
+        if self.reference is None:
+            self.reference = self._make_decoder().requires_grad_(False)
+        native = dict(self.reference.named_parameters())
+        self.layout.load(self.spec.policy, native, tensors, where="reference weights")
+
+    def init_weights(self, seed: int) -> None:
+        """Random weights, the same for any number of ranks."""
+        generator = torch.Generator().manual_seed(seed)
+        source = Decoder(self.spec, dtype=self.dtype)
+        source.init_weights(generator)
+        draft = None if self.spec.mtp is None else MtpDraft(self.spec, dtype=self.dtype)
+        if draft is not None:
+            draft.init_weights(generator)
+        self.load_weights(to_published(source, draft))
+
+    def named_weights(self, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Detached weights in the trained dtype under published names; views of the live parameters where one
+        process holds them in that dtype.
+
+        On several ranks one native tensor at a time is gathered: every rank has to iterate to the end, and
+        only the first is given tensors, or all of them with `everywhere`.
+        """
+        return self.layout.published(self.spec, self._parameters, self.dtype, everywhere)
+
+    @torch.no_grad()
+    def log_probs(self, batch: TrainBatch, model: ModelRole = "policy") -> LogProbs:
+        """Log-probs (and entropy, when the settings ask for it) of the trained rows.
+
+        The policy replays the batch's routes; the reference decides for itself, since the routes are not
+        its own.
+        """
+        validate_batch(batch, self.spec)
+        self.ranks.require_same_input(batch, self.state)
+        decoder = self._model(model)
+        replay = self.settings.replay_routes and model == "policy"
+        measurements = PassMeasurements(self.spec)
+        log_probs = np.zeros(batch.num_tokens, dtype=np.float32)
+        entropy = log_probs.copy() if self.settings.algorithm.needs_entropy else None
+        indices_N = trained_sequences(batch)
+        share = may_share_prompts(decoder, self.settings, batch)
+        for micro_batch in cut_micro_batches(batch, indices_N, self.settings, self.device, self.ranks, share):
+            router = make_router(micro_batch, replay=replay, measure=True)
+            output = forward(
+                decoder,
+                micro_batch,
+                router,
+                self.settings.algorithm.temperature,
+                with_entropy=entropy is not None,
+                chunk_tokens=self.settings.log_probs_chunk_size,
+            )
+            if micro_batch.padding:
+                continue
+            rows = micro_batch.trained_rows
+            log_probs[rows] = output.log_probs_R.cpu().numpy()
+            if entropy is not None and output.entropy_R is not None:
+                entropy[rows] = output.entropy_R.cpu().numpy()
+            measurements.add_routing(micro_batch, router, replay)
+            if model == "policy":
+                measurements.add_log_probs(micro_batch, output, batch.newest_rollout_log_probs)
+                if self.gap_watch is not None:
+                    self.gap_watch.see(decoder, micro_batch, batch, output)
+        log_probs = self._over_ranks(log_probs, batch)
+        entropy = None if entropy is None else self._over_ranks(entropy, batch)
+        measurements = measurements.over(self.ranks)
+        if model == "policy":
+            metrics = measurements.metrics()
+        else:
+            metrics = {"rollout/ref_log_probs": float(np.nanmean(log_probs))}
+            agreement = measurements.agreement_metrics()
+            if DISPATCHED in agreement:
+                metrics["route/ref_dispatched_flip_frac"] = agreement[DISPATCHED]
+        return LogProbs(log_probs, entropy, replay and batch.routes is not None, metrics)
+
+    def train_step(self, batch: TrainBatch) -> TrainResult:
+        """Train on one rollout batch, in `num_steps_per_rollout` optimizer steps.
+
+        Old and reference log-probs and advantages are taken from the batch where it carries them, and
+        computed where the loss needs them. With one optimizer step per rollout the old log-probs are those
+        of the training forward itself.
+        """
+        validate_batch(batch, self.spec)
+        self.ranks.require_same_input(batch, self.state)
+        if self.settings.algorithm.use_rollout_logprobs or self.state.knobs.corrects_importance:
+            require_rollout_log_probs(batch)
+        metrics = gap_without_replay(self.decoder, batch, self.settings, self.device)
+        batch, prepared = self._prepare(batch)
+        metrics |= prepared
+        measurements = None if "rollout/log_probs" in prepared else PassMeasurements(self.spec)
+        updates: list[Update] = []
+        stop = False
+        for part in split_optimizer_steps(batch, self.settings.num_steps_per_rollout):
+            updates.append(self._update(part, None if updates else measurements))
+            stop = bool(updates[-1].events) and self.settings.non_finite_policy == "stop"
+            if stop:
+                break
+        if measurements is not None:
+            metrics |= measurements.over(self.ranks).metrics()
+        broken = None if self.gap_watch is None else self.gap_watch.take_event()
+        return _summarize(metrics, updates, stop, () if broken is None else (broken,))
+
+    def set(self, knob: str, value: float) -> None:
+        """Change a live knob (see `training.knobs`) from the next step on."""
+        self.state = replace(self.state, knobs=self.state.knobs.changed(knob, value, self.settings))
+
+    def knobs(self) -> dict[str, float]:
+        """The knobs in effect."""
+        return self.state.knobs.as_dict()
+
+    def save(self, directory: Path, *, optimizer: bool = True) -> None:
+        """Write weights, optimizer moments, counters and knobs into an existing directory.
+
+        On several ranks the first one writes, and is the one that raises when the disk refuses. What was
+        written can be loaded on any number of ranks.
+        """
+        save_checkpoint(directory, self._tensors, self.state, self.source_dir, optimizer=optimizer)
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote; weights, moments, counters and knobs are the same bits afterwards, but
+        for the knobs that the configuration has changed since.
+
+        Every rank reads its own part of the files.
+        """
+        self.state = load_checkpoint(directory, self._tensors).under(Knobs.from_settings(self.settings))
+
+    def _prepare(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
+        """Fill in what the loss needs and the batch lacks."""
+        algorithm = self.settings.algorithm
+        metrics: dict[str, float] = {}
+        if algorithm.loss_type == "sft_loss":
+            return batch, metrics
+        if batch.old_log_probs is None and self.settings.needs_old_log_probs_pass:
+            batch, more = self._with_log_probs(batch, "policy", "old_log_probs")
+            metrics |= more
+        if batch.ref_log_probs is None and algorithm.needs_reference:
+            batch, more = self._with_log_probs(batch, "reference", "ref_log_probs")
+            metrics |= more
+        if batch.advantages is None:
+            batch, more = with_advantages(batch, algorithm)
+            metrics |= more
+        return batch, metrics
+
+    def _with_log_probs(
+        self, batch: TrainBatch, model: ModelRole, name: str
+    ) -> tuple[TrainBatch, dict[str, float]]:
+        started = time.perf_counter()
+        result = self.log_probs(batch, model)
+        timer = "perf/log_probs_time" if model == "policy" else "perf/ref_log_probs_time"
+        metrics = result.metrics | {timer: time.perf_counter() - started}
+        return batch.with_rows(**{name: result.log_probs}), metrics
+
+    def _update(self, batch: TrainBatch, measurements: PassMeasurements | None) -> Update:
+        step = OptimizerStep(
+            decoder=self.decoder,
+            optimizer=self.optimizer,
+            settings=self.settings,
+            state=self.state,
+            device=self.device,
+            measurements=measurements,
+            ranks=self.ranks,
+            layout=self.layout,
+            gap_watch=self.gap_watch,
+            draft=self.draft_training,
+        )
+        update, state = step.run(batch), self.state
+        drafts = state.draft_updates
+        self.state = replace(
+            state,
+            step=state.step + 1,
+            updates=state.updates + update.applied,
+            draft_updates=None if drafts is None else drafts + update.draft_applied,
+        )
+        return update
+
+    def _model(self, model: ModelRole) -> Decoder:
+        if model == "policy":
+            return self.decoder
+        if self.reference is None:
+            raise RunError(
+                "the loss needs a reference model, and none was loaded",
+                fix="set model.ref_load, or switch the KL term off",
+            )
+        return self.reference
+
+    def _make_decoder(self) -> Decoder:
+        decoder = self.layout.make_decoder(self.spec, self.dtype)
+        decoder.use_numerics(self._numerics)
+        return decoder
+
+    def _make_optimizer(self, module: nn.Module) -> MasterAdamW:
+        return MasterAdamW(dict(module.named_parameters()), self.settings.optimizer, self.layout.total_norm)
+
+    def _make_draft(self) -> MtpDraft | None:
+        if self.spec.mtp is None:
+            return None
+        draft = self.layout.make_draft(self.spec, self.dtype)
+        draft.use_numerics(self._numerics)
+        return draft
+
+    def _make_draft_training(self) -> DraftTraining | None:
+        if not self.settings.train_mtp:
+            return None
+        assert self.draft is not None, "a model without MTP layers cannot train them"
+        settings, optimizer = self.settings, self._make_optimizer(self.draft)
+        return DraftTraining(
+            self.draft, optimizer, settings.mtp_training_steps, settings.mtp_loss_scaling_factor
+        )
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Of policy and draft, under native names."""
+        own = self.optimizer.parameters
+        return own if self.draft is None else joint(own, dict(self.draft.named_parameters()))
+
+    def _over_ranks(self, own_T: np.ndarray, batch: TrainBatch) -> np.ndarray:
+        """Row values of all ranks in place of this one's, which are 0 elsewhere; NaN on untrained rows."""
+        values_T = self.ranks.sum(torch.from_numpy(own_T)).numpy()
+        values_T[batch.loss_mask == 0] = np.nan
+        return values_T
+
+    @property
+    def _tensors(self) -> TrainerTensors:
+        drafting = None if self.draft_training is None else self.draft_training.optimizer
+        return TrainerTensors(self.spec, self._parameters, self.optimizer, self.dtype, self.layout, drafting)
+
+
+def _layout(device: torch.device, parallel: DataParallel | None) -> TensorLayout:
+    if parallel is None:
+        return WholeTensors(device)
+    # FSDP2 takes as long to import as the rest of torch; one process never needs it.
+    from miles.training.native.sharded_tensors import ShardedTensors
+
+    return ShardedTensors(parallel)
+
+
+def _summarize(
+    metrics: dict[str, float], updates: list[Update], stop: bool, events: tuple[dict[str, Any], ...]
+) -> TrainResult:
+    """Means over the optimizer steps of what every one of them reported, next to what was measured once."""
+    steps = tuple(update.metrics for update in updates)
+    means = {
+        name: float(np.mean([step[name] for step in steps]))
+        for name in steps[0]
+        if all(name in step for step in steps)
+    }
+    return TrainResult(
+        metrics=metrics | means,
+        optimizer_steps=steps,
+        events=(*events, *(event for update in updates for event in update.events)),
+        stop=stop,
+    )

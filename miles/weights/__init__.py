@@ -1,0 +1,1 @@
+"""Weights under published names: readers, writers, transforms, transports."""

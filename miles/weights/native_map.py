@@ -1,0 +1,241 @@
+"""The native decoder's parameters under published names, and back.
+
+Native parameters are fused (qkv, gate_up) and stacked (experts); a published tensor is always a slice of one
+of them. So published tensors are views: reading them copies nothing, and writing through them fills a model.
+The map depends on names and shapes alone: it serves gradients and optimizer moments just as well.
+
+A model with MTP layers (`spec.mtp`) has theirs under native names that begin with `draft.`; one map serves
+both components, so that they are saved, loaded and sent together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, groupby
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from miles.arch import ArchSpec, DenseMlpSpec, check_shapes, published_tensors
+from miles.arch.families import FAMILIES
+from miles.arch.spec import AttentionSpec, LayerSpec
+from miles.errors import CheckpointError
+from miles.weights.group import TensorGroup
+
+View = tuple[str, str, Tensor]
+"""Native name, published name, view."""
+
+T = TypeVar("T")
+
+DRAFT = "draft."
+"""Begins the native name of an MTP parameter."""
+
+
+def published_views(spec: ArchSpec, native: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Views of native-named tensors under published names.
+
+    Args:
+        native: by the names of `Decoder.named_parameters()`, each of the parameter's shape.
+    """
+    for _, name, view in views_with_origin(spec, native):
+        yield name, view
+
+
+def published_shapes(spec: ArchSpec, native: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes of `published_views`; `native` may be of any kind, its data is not touched."""
+    whole = {name: torch.empty(tensor.shape, device="meta") for name, tensor in native.items()}
+    return {name: view.shape for name, view in published_views(spec, whole)}
+
+
+def to_published(decoder: nn.Module, draft: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a `Decoder`, and of its `MtpDraft`, under published names, as detached views."""
+    return published_views(_spec(decoder, draft), _native(decoder, draft))
+
+
+def mtp_to_published(draft: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of an `MtpDraft` alone, likewise."""
+    native = joint({}, {name: parameter.detach() for name, parameter in draft.named_parameters()})
+    return ((name, view) for _, name, view in _mtp(draft.spec, native))
+
+
+def tensor_groups(decoder: nn.Module, draft: nn.Module | None = None) -> Iterator[TensorGroup]:
+    """The weights of a `Decoder`, component `policy`, and of its `MtpDraft`, component `draft`, as units of
+    transform and transport, one per native parameter.
+    """
+    views = views_with_origin(_spec(decoder, draft), _native(decoder, draft))
+    for origin, group in groupby(views, key=lambda view: view[0]):
+        _, names, tensors = zip(*group, strict=True)
+        yield TensorGroup("draft" if origin.startswith(DRAFT) else "policy", names, tensors)
+
+
+def load_published(
+    decoder: nn.Module,
+    items: Iterable[tuple[str, Tensor]],
+    where: str = "weights",
+    draft: nn.Module | None = None,
+) -> None:
+    """Fill a `Decoder`, and its `MtpDraft`, from published tensors (any dtype, any order), converting to its
+    own dtype.
+
+    Raises `CheckpointError` naming what is missing, unexpected, repeated or of another shape. A tied model
+    takes a second copy of its head only if that equals its embedding.
+    """
+    load_views(_spec(decoder, draft), _native(decoder, draft), items, where)
+
+
+def without_spare_mtp(
+    full: ArchSpec, wanted: ArchSpec, items: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model, less those of MTP layers that `wanted` lacks."""
+    spare = published_tensors(full).keys() - published_tensors(wanted).keys()
+    return ((name, tensor) for name, tensor in items if name not in spare)
+
+
+@torch.no_grad()
+def load_views(
+    spec: ArchSpec, native: Mapping[str, Tensor], items: Iterable[tuple[str, Tensor]], where: str
+) -> None:
+    """`load_published` for any native-named tensors, e.g. optimizer moments."""
+    views = dict(published_views(spec, native))
+
+    def store(name: str, tensor: Tensor) -> None:
+        views[name].copy_(tensor)
+
+    def differs(name: str, tensor: Tensor) -> bool:
+        return not torch.equal(tensor.to(views[name]), views[name])
+
+    load_each(spec, {name: view.shape for name, view in views.items()}, store, differs, items, where)
+
+
+def load_each(
+    spec: ArchSpec,
+    shapes: Mapping[str, torch.Size],
+    store: Callable[[str, Tensor], None],
+    differs: Callable[[str, Tensor], bool],
+    items: Iterable[tuple[str, Tensor]],
+    where: str,
+) -> None:
+    """Hand every published tensor to `store` once, under the rules of `load_published`.
+
+    Args:
+        shapes: what the model has under published names.
+        differs: whether a tensor is not the one stored under a name.
+    """
+    seen: dict[str, tuple[int, ...]] = {}
+    extra_head: Tensor | None = None
+    for name, tensor in items:
+        if name in seen:
+            raise CheckpointError(f"{name} comes twice", where=where)
+        seen[name] = tuple(tensor.shape)
+        if shapes.get(name) == tensor.shape:
+            store(name, tensor)
+        elif name == "lm_head.weight":
+            extra_head = tensor
+    check_shapes(spec, seen, where)
+    if extra_head is not None and differs("model.embed_tokens.weight", extra_head):
+        raise CheckpointError(
+            "lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings is true",
+            where=where,
+            fix="set tie_word_embeddings to false in config.json, or leave lm_head.weight out",
+        )
+
+
+def native_parameters(decoder: nn.Module, draft: nn.Module | None = None) -> dict[str, nn.Parameter]:
+    """The parameters of both under native names."""
+    own = dict(decoder.named_parameters())
+    return own if draft is None else joint(own, dict(draft.named_parameters()))
+
+
+def joint(policy: Mapping[str, T], draft: Mapping[str, T]) -> dict[str, T]:
+    """Values of both components under native names."""
+    return dict(policy) | {DRAFT + name: value for name, value in draft.items()}
+
+
+def _native(decoder: nn.Module, draft: nn.Module | None) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in native_parameters(decoder, draft).items()}
+
+
+def _spec(decoder: nn.Module, draft: nn.Module | None) -> ArchSpec:
+    spec: ArchSpec = decoder.spec if draft is None else draft.spec
+    return spec
+
+
+def views_with_origin(spec: ArchSpec, native: Mapping[str, Tensor]) -> Iterator[View]:
+    """Every published tensor as a contiguous view of a native one, and the name of that one.
+
+    Each native tensor is looked up once, when its first view is asked for.
+    """
+    yield "embed", "model.embed_tokens.weight", native["embed"]
+    for index, layer in enumerate(spec.layers):
+        yield from _layer(layer, native, f"layers.{index}", f"model.layers.{index}")
+    yield "final_norm", "model.norm.weight", native["final_norm"]
+    if not spec.tie_word_embeddings:
+        yield "head", "lm_head.weight", native["head"]
+    if spec.mtp is not None:
+        yield from _mtp(spec, native)
+
+
+def _mtp(spec: ArchSpec, native: Mapping[str, Tensor]) -> Iterator[View]:
+    assert spec.mtp is not None
+    for depth in range(spec.mtp.num_projections):
+        names = FAMILIES[spec.family].mtp_names.at(depth, spec.num_layers)
+        for part in ("embedding_norm", "hidden_norm", "fc", "final_norm"):
+            yield _whole(native, f"{DRAFT}projections.{depth}.{part}", getattr(names, part))
+    for depth, layer in enumerate(spec.mtp.layers):
+        prefix = FAMILIES[spec.family].mtp_names.at(depth, spec.num_layers).layer
+        yield from _layer(layer, native, f"{DRAFT}layers.{depth}", prefix)
+
+
+def dense_layer_views(
+    layer: LayerSpec, native: Mapping[str, Tensor], name: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Attention and MLP of one layer whose native names are `attention.…` and `mlp.…`."""
+    views = chain(
+        _attention(layer.attention, native, "attention", f"{name}.self_attn"),
+        _dense_mlp(native, "mlp", f"{name}.mlp"),
+    )
+    return ((theirs, view) for _, theirs, view in views)
+
+
+def _layer(layer: LayerSpec, native: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator[View]:
+    yield _whole(native, f"{ours}.input_norm", f"{theirs}.input_layernorm.weight")
+    yield from _attention(layer.attention, native, f"{ours}.attention", f"{theirs}.self_attn")
+    yield _whole(native, f"{ours}.post_norm", f"{theirs}.post_attention_layernorm.weight")
+    mlp = _dense_mlp if isinstance(layer.mlp, DenseMlpSpec) else _moe_mlp
+    yield from mlp(native, f"{ours}.mlp", f"{theirs}.mlp")
+
+
+def _whole(native: Mapping[str, Tensor], ours: str, theirs: str) -> View:
+    return ours, theirs, native[ours]
+
+
+def _attention(spec: AttentionSpec, native: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator[View]:
+    widths = (spec.query_width, spec.kv_width, spec.kv_width)
+    fused = {"qkv": "weight"} | ({"qkv_bias": "bias"} if spec.qkv_bias else {})
+    for name, kind in fused.items():
+        for letter, view in zip("qkv", native[f"{ours}.{name}"].split(widths), strict=True):
+            yield f"{ours}.{name}", f"{theirs}.{letter}_proj.{kind}", view
+    if spec.qk_norm:
+        yield _whole(native, f"{ours}.q_norm", f"{theirs}.q_norm.weight")
+        yield _whole(native, f"{ours}.k_norm", f"{theirs}.k_norm.weight")
+    yield _whole(native, f"{ours}.o", f"{theirs}.o_proj.weight")
+    if spec.output_bias:
+        yield _whole(native, f"{ours}.o_bias", f"{theirs}.o_proj.bias")
+
+
+def _dense_mlp(native: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator[View]:
+    gate, up = native[f"{ours}.gate_up"].chunk(2)
+    yield f"{ours}.gate_up", f"{theirs}.gate_proj.weight", gate
+    yield f"{ours}.gate_up", f"{theirs}.up_proj.weight", up
+    yield _whole(native, f"{ours}.down", f"{theirs}.down_proj.weight")
+
+
+def _moe_mlp(native: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator[View]:
+    yield _whole(native, f"{ours}.router", f"{theirs}.gate.weight")
+    for expert, gate_up in enumerate(native[f"{ours}.gate_up"]):
+        gate, up = gate_up.chunk(2)
+        yield f"{ours}.gate_up", f"{theirs}.experts.{expert}.gate_proj.weight", gate
+        yield f"{ours}.gate_up", f"{theirs}.experts.{expert}.up_proj.weight", up
+    for expert, down in enumerate(native[f"{ours}.down"]):
+        yield f"{ours}.down", f"{theirs}.experts.{expert}.down_proj.weight", down

@@ -1,0 +1,173 @@
+"""Engine and trainer of one model, each with weights of its own, and the log-probs of both."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, MoeSpec, RopeSpec
+from miles.data.batch import TrainBatch, pack
+from miles.data.sample import Sample, SampleStatus
+from miles.models.numerics import ExactNumerics, Numerics
+from miles.models.row_blocks import RowBlocks
+from miles.rollout.engine import GenerateOutput, GenerateRequest, SamplingParams
+from miles.rollout.native.engine import EngineSettings, NativeEngine
+from miles.training.native.trainer import NativeTrainer
+from miles.training.settings import AlgorithmSettings, OptimizerSettings, TrainerSettings
+
+TEMPERATURE = 0.8
+
+
+def make_spec(
+    hidden: int, heads: tuple[int, int, int], mlp: MoeSpec | DenseMlpSpec, vocab: int, layers: int = 2
+) -> ArchSpec:
+    num_heads, num_kv_heads, head_dim = heads
+    attention = AttentionSpec(
+        num_heads, num_kv_heads, head_dim, RopeSpec(1e4), qkv_bias=False, output_bias=False
+    )
+    moe = isinstance(mlp, MoeSpec)
+    return ArchSpec(
+        family="qwen3_moe" if moe else "qwen3",
+        architecture="Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        layers=(LayerSpec(attention, mlp),) * layers,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        max_position_embeddings=4096,
+        eos_token_ids=(2,),
+        bos_token_id=1,
+        dtype="fp32",
+        initializer_range=0.25,
+    )
+
+
+SPECS = {
+    "the quickstart's experts": make_spec(64, (4, 2, 16), MoeSpec(8, 2, 64, norm_topk_prob=True), 55),
+    "odd widths": make_spec(40, (6, 2, 8), MoeSpec(6, 3, 20, norm_topk_prob=True), 37, layers=3),
+    "one expert per token": make_spec(32, (4, 4, 8), MoeSpec(4, 1, 24, norm_topk_prob=False), 41),
+    "dense": make_spec(64, (4, 1, 16), DenseMlpSpec(96), 55),
+}
+QUICKSTART = SPECS["the quickstart's experts"]
+
+
+def needs_blocks(found: ExactNumerics) -> bool:
+    """Whether this machine gives a row other bits in another number of rows."""
+    return any(blocks.sizes[0] > 1 for blocks in found.blocks.values())
+
+
+def without_blocks(found: ExactNumerics) -> ExactNumerics:
+    """The same numerics, but every product has the rows that are asked for."""
+    bare = {key: RowBlocks(tuple(range(1, 5000)), key[1]) for key in found.blocks}
+    return replace(found, blocks=bare, min_queries=1)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the engine is asked, and how its samples reach the trainer."""
+
+    prompts: Sequence[int] = (1, 3, 7, 17, 30, 5)
+    """Prompt lengths; each prompt is one group."""
+    responses: Sequence[int] = (40, 12, 25, 3, 31, 1)
+    group: int = 1
+    slots: int = 4
+    max_prefill_tokens: int = 64
+    order_seed: int = 0
+    micro_batch: int = 4
+    temperature: float = TEMPERATURE
+
+    def requests(self, vocab: int) -> list[list[GenerateRequest]]:
+        rng = np.random.default_rng(7)
+        return [
+            [
+                GenerateRequest(
+                    input_ids=prompt,
+                    sampling=SamplingParams(max_new_tokens=response, temperature=self.temperature),
+                    sample_key=1000 * group + member,
+                    group=group,
+                )
+                for member in range(self.group)
+            ]
+            for group, (prompt, response) in enumerate(
+                zip((rng.integers(0, vocab, n).tolist() for n in self.prompts), self.responses, strict=True)
+            )
+        ]
+
+
+@dataclass
+class Sides:
+    """One model on both sides. The engine's weights are copies: nothing is shared but the numerics."""
+
+    spec: ArchSpec
+    numerics: Numerics
+    dtype: torch.dtype = torch.float32
+    trainer_numerics: Numerics | None = None
+    settings: TrainerSettings = field(
+        default_factory=lambda: TrainerSettings(
+            optimizer=OptimizerSettings(lr=1e-3),
+            algorithm=AlgorithmSettings(temperature=TEMPERATURE),
+            probe_tokens=0,
+        )
+    )
+
+    def __post_init__(self) -> None:
+        numerics = self.trainer_numerics or self.numerics
+        self.trainer = NativeTrainer(self.spec, self.settings, self.dtype, numerics=numerics)
+        self.trainer.init_weights(seed=3)
+        self.engine: NativeEngine | None = None
+
+    async def _roll_out(self, traffic: Traffic, nudge: str | None) -> list[list[GenerateOutput]]:
+        context = max(traffic.prompts) + max(traffic.responses)
+        settings = EngineSettings(
+            max_context_len=context,
+            seed=5,
+            max_running_requests=traffic.slots,
+            max_prefill_tokens=traffic.max_prefill_tokens,
+            dtype=self.dtype,
+            numerics=self.numerics,
+        )
+        self.engine = NativeEngine(self.spec, settings)
+        copies = {name: tensor.clone() for name, tensor in self.trainer.named_weights()}
+        if nudge is not None:
+            copies[nudge] = torch.nextafter(copies[nudge], torch.tensor(float("inf")))
+        await self.engine.receive_weights(copies.items(), version=0)
+        calls = traffic.requests(self.spec.vocab_size)
+        order = list(range(len(calls)))
+        random.Random(traffic.order_seed).shuffle(order)
+        answers = await asyncio.gather(*(self.engine.generate(calls[i]) for i in order))
+        return [answers[order.index(i)] for i in range(len(calls))]
+
+    def roll_out(self, traffic: Traffic, nudge: str | None = None) -> TrainBatch:
+        """A batch with the engine's log-probs and routes. `nudge`: a weight the engine gets one ulp up."""
+        answers = asyncio.run(asyncio.wait_for(self._roll_out(traffic, nudge), 600))
+        samples: list[Sample] = []
+        for call, outputs in zip(traffic.requests(self.spec.vocab_size), answers, strict=True):
+            for request, output in zip(call, outputs, strict=True):
+                samples.append(
+                    Sample(
+                        prompt="",
+                        tokens=[*request.input_ids, *output.output_ids],
+                        response_length=len(output.output_ids),
+                        reward=float(output.output_ids[0] % 3),
+                        status=SampleStatus.COMPLETED,
+                        rollout_log_probs=output.log_probs,
+                        rollout_routed_experts=output.routed_experts,
+                        group_index=request.group,
+                        index=len(samples),
+                        rollout_id=len(samples),
+                    )
+                )
+        return pack(samples)
+
+    def differing(self, traffic: Traffic) -> tuple[int, int]:
+        """Tokens whose log-prob has other bits in the trainer than in the engine, and tokens compared."""
+        batch = self.roll_out(traffic)
+        self.trainer.settings = replace(self.settings, micro_batch_size=traffic.micro_batch)
+        ours = self.trainer.log_probs(batch).log_probs
+        seen = batch.loss_mask > 0
+        return int((ours[seen] != batch.rollout_log_probs[seen]).sum()), int(seen.sum())

@@ -1,0 +1,119 @@
+"""The start-up probe finds the padding that this machine needs, or refuses and names the shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from alignment_support import QUICKSTART
+
+from miles.errors import PreflightRefused
+from miles.models import numerics, row_blocks
+from miles.models.invariance import find_exact_numerics
+from miles.models.row_blocks import RowBlocks, blocked_product
+from miles.models.row_search import cancelling, find_row_blocks
+
+
+def test_every_count_of_rows_gives_the_same_bits(exact) -> None:
+    found = exact(QUICKSTART, torch.float32)
+    assert found.threads == 1
+    generator = torch.Generator().manual_seed(9)
+    for outputs, inputs in ((128, 64), (64, 64), (8, 64), (55, 64)):
+        weight, rows = (torch.randn(n, inputs, generator=generator) for n in (outputs, 5000))
+        together = found.linear(rows, weight)
+        assert (together - rows @ weight.t()).abs().max() < 1e-4
+        for count in (1, 2, 3, 5, 7, 11, 13, 64, 333, 2047, 2049, 4900):
+            assert torch.equal(found.linear(rows[40 : 40 + count], weight), together[40 : 40 + count])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(512, 1024), (6, 40), (200, 768)], ids=str)
+def test_matrices_whose_kernels_change_in_the_middle_are_cut_between_the_changes(shape, dtype) -> None:
+    """On a Xeon with AMX, bf16 products with [512, 1024] have other bits from 33 to 511 rows than beyond."""
+    generator = torch.Generator().manual_seed(2)
+    blocks = find_row_blocks((shape,), dtype, "cpu", generator)
+    assert blocks is not None
+    weight = cancelling(*shape, 1.0, generator, torch.device("cpu")).to(dtype)
+    rows = cancelling(1500, shape[1], -1.0, generator, torch.device("cpu")).to(dtype)
+    together = blocked_product(rows, weight, blocks)
+    for count in (1, 17, 32, 33, 100, 200, 480, 511, 512, 1024, 1200):
+        assert torch.equal(blocked_product(rows[-count:], weight, blocks), together[-count:]), count
+
+
+def test_rows_are_cut_into_probed_counts_and_filled_up() -> None:
+    blocks = RowBlocks((4, 16, 64), torch.float32)
+    assert [blocks.cut(rows) for rows in (0, 1, 5, 64, 65, 150)] == [
+        [],
+        [4],
+        [16],
+        [64],
+        [64, 4],
+        [64, 64, 64],
+    ]
+
+
+def test_a_library_with_other_kernels_for_few_and_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that computes up to 9 and from 300 rows on in another order."""
+    replace_products(monkeypatch, lambda rows: rows <= 9 or rows >= 300)
+    blocks = find_exact_numerics(QUICKSTART, torch.float32).blocks[((55, 64),), torch.float32]
+    assert 9 < blocks.sizes[0] <= 16 and 128 <= blocks.sizes[-1] < 300
+
+
+def test_products_that_depend_on_the_place_in_bf16_are_computed_in_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replace_products(monkeypatch, lambda rows: True, places=lambda x: x.dtype == torch.bfloat16)
+    blocks = find_exact_numerics(QUICKSTART, torch.bfloat16).blocks
+    assert {held.dtype for held in blocks.values()} == {torch.float32}
+
+
+def test_a_library_that_is_never_invariant_is_refused_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_products(monkeypatch, lambda rows: True, places=lambda x: True)
+    with pytest.raises(PreflightRefused, match=r"with \(55, 64\) in"):
+        find_exact_numerics(QUICKSTART, torch.float32)
+
+
+def replace_products(monkeypatch, other_order, places=lambda x: False) -> None:
+    """Products whose counts satisfy `other_order` are summed backwards; where `places` says so, the first
+    row alone."""
+    mm = torch.mm
+
+    def product(x, matrix, out=None):
+        backwards = mm(x.flip(1), matrix.flip(0))
+        if not other_order(len(x)):
+            backwards = mm(x, matrix)
+        elif places(x):
+            backwards = torch.cat((backwards[:1], mm(x, matrix)[1:]))
+        return backwards if out is None else out.copy_(backwards)
+
+    monkeypatch.setattr(row_blocks, "mm", product)
+
+
+def test_attention_that_depends_on_the_width_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sum over all keys, as a plain product takes it, instead of block after block."""
+    from miles.models import exact_attention
+
+    def blocks_backwards(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(p.flip(2), v.flip(1)) if v.shape[1] % 256 else torch.bmm(p, v)
+
+    monkeypatch.setattr(exact_attention, "weighted_values", blocks_backwards)
+    with pytest.raises(PreflightRefused, match="attention of 4 heads on 2, width 16"):
+        find_exact_numerics(QUICKSTART, torch.float32)
+
+
+def test_a_row_operation_that_depends_on_the_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def softmax_over_columns(self, x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(torch.mm(router, x.t()).float(), 0).t()
+
+    monkeypatch.setattr(numerics.ExactNumerics, "router_probs", softmax_over_columns)
+    with pytest.raises(PreflightRefused, match="a block of experts of width 64"):
+        find_exact_numerics(QUICKSTART, torch.float32)
+
+
+def test_cancelling_rows_multiply_to_rounding_alone() -> None:
+    """What makes the probe sharp: the exact product is 0."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = (
+        cancelling(n, 65, sign, generator, torch.device("cpu")) for n, sign in ((7, 1.0), (9, -1.0))
+    )
+    assert (one.double() @ other.double().t()).abs().max() < 1e-12
+    assert (one != 0).sum() == 7 * 64

@@ -1,0 +1,90 @@
+"""Shipped architectures are those of the published checkpoints, to the last parameter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from math import prod
+
+import pytest
+
+from miles.arch import published_tensors, to_hf_config
+from miles.arch.specs import DIRECTORY, shipped_names, shipped_spec
+
+PUBLISHED = {
+    # name: (parameters of the model card, parameters stored in the published safetensors files)
+    "qwen3-0.6b": (0.6e9, 751_632_384),
+    "qwen3-1.7b": (1.7e9, 2_031_739_904),
+    "qwen3-4b": (4.0e9, 4_022_468_096),
+    "qwen3-8b": (8.2e9, 8_190_735_360),
+    "qwen3-14b": (14.8e9, 14_768_307_200),
+    "qwen3-30b-a3b": (30.5e9, 30_532_122_624),
+    "qwen3-32b": (32.8e9, 32_762_123_264),
+    "qwen3-235b-a22b": (235e9, 235_093_634_560),
+    "qwen2.5-0.5b": (0.49e9, 494_032_768),
+    "qwen2.5-1.5b": (1.54e9, 1_543_714_304),
+    "qwen2.5-3b": (3.09e9, 3_085_938_688),
+    "qwen2.5-7b": (7.61e9, 7_615_616_512),
+    "qwen2.5-14b": (14.7e9, 14_770_033_664),
+    "qwen2.5-32b": (32.5e9, 32_763_876_352),
+    "qwen2.5-72b": (72.7e9, 72_706_203_648),
+    "llama-3-8b": (8.03e9, 8_030_261_248),
+    "llama-3-70b": (70.6e9, 70_553_706_496),
+    "llama-3.1-8b": (8.03e9, 8_030_261_248),
+    "llama-3.1-70b": (70.6e9, 70_553_706_496),
+    "llama-3.1-405b": (405e9, 405_853_388_800),
+    "llama-3.2-1b": (1.23e9, 1_235_814_400),
+    "llama-3.2-3b": (3.21e9, 3_212_749_824),
+    "llama-3.3-70b": (70.6e9, 70_553_706_496),
+}
+STORES_TIED_HEAD = ("qwen3-0.6b", "qwen3-1.7b")
+"""Published with the head a second time, though it is tied to the embedding."""
+
+ACTIVE = {"qwen3-30b-a3b": 3.3e9, "qwen3-235b-a22b": 22e9}
+"""Parameters per token, by the model card."""
+
+
+def test_every_shipped_model_is_checked() -> None:
+    assert PUBLISHED.keys() == set(shipped_names())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts(name: str) -> None:
+    spec = shipped_spec(name)
+    card, stored = PUBLISHED[name]
+    head_twice = spec.vocab_size * spec.hidden_size if name in STORES_TIED_HEAD else 0
+    assert spec.num_parameters() + head_twice == stored
+    assert spec.num_parameters() == pytest.approx(card, rel=0.015)
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_active_parameter_counts(name: str) -> None:
+    assert shipped_spec(name).num_active_parameters() == pytest.approx(ACTIVE[name], rel=0.02)
+
+
+def test_published_tensors_hold_every_parameter() -> None:
+    spec = shipped_spec("qwen3-0.6b")
+    assert sum(map(prod, published_tensors(spec).values())) == spec.num_parameters()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_shipped_config_is_what_the_family_writes(name: str) -> None:
+    shipped = json.loads((DIRECTORY / f"{name}.json").read_text())
+    written = to_hf_config(shipped_spec(name))
+    assert {key: shipped[key] for key in written if key in shipped} == {
+        key: value for key, value in written.items() if key in shipped
+    }
+
+
+def test_an_unknown_name_is_a_key_error() -> None:
+    with pytest.raises(KeyError):
+        shipped_spec("qwen3-9b")
+
+
+def test_shipped_specs_need_no_torch() -> None:
+    source = (
+        "import sys; from miles.arch.specs import shipped_spec; shipped_spec('qwen3-4b'); "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", source], check=True)

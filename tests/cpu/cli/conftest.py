@@ -1,0 +1,46 @@
+"""The program as a user starts it: a process of its own, away from the user's cache and runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A quiet shell: no thread variables, no colour, its own cache and runs."""
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "NVTE_", "CUDA_"))
+    }
+    return kept | {
+        "MILES_CACHE_DIR": str(tmp_path / "cache"),
+        "MILES_RUNS_DIR": str(tmp_path / "runs"),
+        "NO_COLOR": "1",
+        "COLUMNS": "100",
+        "TERM": "dumb",
+    }
+
+
+@pytest.fixture
+def miles(environment: dict[str, str], tmp_path: Path) -> Run:
+    """`miles WORDS` in an empty directory, without a terminal."""
+
+    def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "miles_cli", *words],
+            cwd=tmp_path,
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+        )
+
+    return run

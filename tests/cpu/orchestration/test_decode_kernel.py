@@ -1,0 +1,57 @@
+"""A compiler that fails never stops a run: the plan that is kept says that torch decodes, and why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miles.config import resolve
+from miles.orchestration.decode_kernel import decode_library, settle
+from miles.orchestration.observer import SilentObserver
+from miles.planning import Plan, collect_facts, make_plan
+from miles.planning.decode_kernel import DecodePlan
+
+
+class Listener(SilentObserver):
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, dict[str, Any]]] = []
+
+    def on_event(self, kind: str, fields: dict[str, Any]) -> None:
+        self.heard.append((kind, fields))
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """The quickstart on a machine whose compiler is broken."""
+    resolved = resolve("quickstart")
+    made = make_plan(resolved, collect_facts(resolved.config))
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'fatal error: no memory' >&2\nexit 4\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("MILES_CACHE_DIR", str(tmp_path / "cache"))
+    return replace(made, decode=DecodePlan("fused", "AVX-512", str(compiler)))
+
+
+def test_the_plan_of_the_run_says_why_torch_decodes(plan: Plan) -> None:
+    listener = Listener()
+    settled = settle(plan, listener)
+    assert settled.decode is not None and settled.decode.kernel == "torch"
+    assert "ended with 4 (fatal error: no memory)" in str(settled.decode)
+    assert [kind for kind, _ in listener.heard] == ["kernel_not_built"]
+    assert decode_library(settled) is None
+
+
+def test_a_worker_on_a_machine_whose_compiler_fails_goes_on(
+    plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert decode_library(plan) is None
+    assert "torch decodes here" in capsys.readouterr().err
+
+
+def test_a_plan_with_torch_is_left_alone(plan: Plan) -> None:
+    torch_plan = replace(plan, decode=DecodePlan("torch", "no compiler"))
+    assert settle(torch_plan, SilentObserver()) is torch_plan
+    assert decode_library(torch_plan) is None

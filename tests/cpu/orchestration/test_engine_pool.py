@@ -1,0 +1,216 @@
+"""Several engines behind one client: spread by group, lost engines replaced, every call answered once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from miles.errors import MilesError, RunError
+from miles.orchestration.engine_pool import Answer, EnginePool
+from miles.orchestration.seats import Seat
+from miles.orchestration.worker_loss import WorkerLost
+from miles.rollout.engine import (
+    EngineHealth,
+    GenerateOutput,
+    GenerateRequest,
+    RequestRefused,
+    SamplingParams,
+)
+
+
+class ScriptedEngine:
+    """Stands in for an engine process: answers with the sample key, and dies after so many calls."""
+
+    def __init__(self, dies_after: int | None = None, hangs: bool = False) -> None:
+        self.dies_after, self.hangs = dies_after, hangs
+        self.batches: list[list[int]] = []
+        """Sample keys of every batch of calls that was taken up."""
+        self.answered: list[int] = []
+        self.loaded: list[Any] = []
+        self.killed = asyncio.Event()
+
+    async def generate(self, calls: Sequence[Sequence[GenerateRequest]]) -> AsyncIterator[tuple[int, Answer]]:
+        self.batches.append([call[0].sample_key for call in calls])
+        for index, call in enumerate(calls):
+            await asyncio.sleep(0)
+            if self.hangs:
+                await self.killed.wait()
+            if self.hangs or len(self.answered) == self.dies_after:
+                raise WorkerLost("engine", "its process died")
+            self.answered.append(call[0].sample_key)
+            yield index, self._answer(call)
+
+    def _answer(self, call: Sequence[GenerateRequest]) -> Answer:
+        if call[0].sample_key < 0:
+            return RequestRefused("no such request")
+        return [output(request.sample_key) for request in call]
+
+    async def abort(self, groups: Collection[int] | None) -> int:
+        return 1
+
+    async def load(self, packet: Any) -> None:
+        if self.dies_after == 0:
+            raise WorkerLost("engine", "its process died")
+        self.loaded.append(packet)
+
+    async def health(self) -> EngineHealth:
+        if self.hangs:
+            await self.killed.wait()
+        return EngineHealth(ok=True, reason="", weight_version=1, running=0, waiting=0, paused=False)
+
+    async def metrics(self) -> dict[str, float]:
+        return {}
+
+    def kill(self) -> None:
+        self.killed.set()
+
+
+def output(key: int) -> GenerateOutput:
+    return GenerateOutput(
+        output_ids=[key],
+        log_probs=np.zeros(1, np.float32),
+        routed_experts=None,
+        finish_reason="stop",
+        weight_versions=[(0, 0)],
+        cached_tokens=0,
+    )
+
+
+def group(number: int, size: int = 1) -> list[GenerateRequest]:
+    sampling = SamplingParams(max_new_tokens=1)
+    return [
+        GenerateRequest(input_ids=[1], sampling=sampling, sample_key=number * 100 + i, group=number)
+        for i in range(size)
+    ]
+
+
+class Crew:
+    """Seats filled from a list of engines, in order; the events they report."""
+
+    def __init__(self, *engines: ScriptedEngine, seats: int, max_restarts: int = 3) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        waiting = iter(engines)
+
+        async def launch() -> ScriptedEngine:
+            return next(waiting)
+
+        self.seats = [
+            Seat(f"engine-{i}", launch, max_restarts, lambda kind, **f: self.events.append((kind, f)))
+            for i in range(seats)
+        ]
+
+    async def pool(self) -> EnginePool:
+        for seat in self.seats:
+            await seat.fill()
+        return EnginePool(self.seats)
+
+    def kinds(self) -> Counter[str]:
+        return Counter(kind for kind, _ in self.events)
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(scenario(), 10)
+
+    asyncio.run(bounded())
+
+
+def test_groups_go_to_the_engine_with_the_least_to_do_and_arrive_together() -> None:
+    async def scenario() -> None:
+        first, second = ScriptedEngine(), ScriptedEngine()
+        pool = await Crew(first, second, seats=2).pool()
+        answers = await asyncio.gather(*(pool.generate(group(n)) for n in range(4)))
+        assert [answer[0].output_ids for answer in answers] == [[0], [100], [200], [300]]
+        assert first.batches == [[0, 200]] and second.batches == [[100, 300]]
+
+    run(scenario)
+
+
+def test_a_group_that_comes_back_goes_to_the_engine_that_knows_its_prompt() -> None:
+    async def scenario() -> None:
+        first, second = ScriptedEngine(), ScriptedEngine()
+        pool = await Crew(first, second, seats=2).pool()
+        await asyncio.gather(pool.generate(group(0)), pool.generate(group(1)))
+        await pool.generate(group(1))
+        assert [len(first.batches), len(second.batches)] == [1, 2]
+
+    run(scenario)
+
+
+def test_what_a_lost_engine_left_unanswered_is_asked_of_its_successor_only() -> None:
+    async def scenario() -> None:
+        dying, successor = ScriptedEngine(dies_after=2), ScriptedEngine()
+        crew = Crew(dying, successor, seats=1)
+        pool = await crew.pool()
+        answers = await asyncio.gather(*(pool.generate(group(n)) for n in range(5)))
+        assert [answer[0].output_ids[0] for answer in answers] == [0, 100, 200, 300, 400]
+        assert dying.answered == [0, 100] and successor.answered == [200, 300, 400]
+        assert crew.events[0] == ("worker_dead", {"worker": "engine-0", "reason": "its process died"})
+        assert crew.events[1] == ("restart", {"worker": "engine-0", "restarts": 1})
+
+    run(scenario)
+
+
+def test_an_engine_that_is_lost_once_too_often_fails_its_callers() -> None:
+    async def scenario() -> None:
+        crew = Crew(*(ScriptedEngine(dies_after=0) for _ in range(3)), seats=1, max_restarts=2)
+        pool = await crew.pool()
+        with pytest.raises(RunError, match="engine-0 was lost 3 times"):
+            await pool.generate(group(0))
+        assert crew.kinds() == {"worker_dead": 3, "restart": 2}
+
+    run(scenario)
+
+
+def test_a_refused_request_fails_its_caller_and_nobody_else() -> None:
+    async def scenario() -> None:
+        pool = await Crew(ScriptedEngine(), seats=1).pool()
+        bad = [
+            GenerateRequest(input_ids=[1], sampling=SamplingParams(max_new_tokens=1), sample_key=-1, group=9)
+        ]
+        refused, answered = await asyncio.gather(
+            pool.generate(bad), pool.generate(group(1)), return_exceptions=True
+        )
+        assert isinstance(refused, MilesError) and isinstance(answered, list)
+
+    run(scenario)
+
+
+def test_every_engine_has_new_weights_before_the_hand_over_ends_even_one_lost_meanwhile() -> None:
+    async def scenario() -> None:
+        healthy, dying, successor = ScriptedEngine(), ScriptedEngine(dies_after=0), ScriptedEngine()
+        pool = await Crew(healthy, dying, successor, seats=2).pool()
+        await pool.receive("version 1")
+        assert healthy.loaded == ["version 1"] and successor.loaded == ["version 1"]
+
+    run(scenario)
+
+
+def test_an_engine_that_does_not_answer_is_ended_and_its_groups_drawn_again() -> None:
+    async def scenario() -> None:
+        hanging, successor = ScriptedEngine(hangs=True), ScriptedEngine()
+        crew = Crew(hanging, successor, seats=1)
+        pool = await crew.pool()
+        watch = asyncio.create_task(pool.check_health(interval=60, timeout=0.05, first_wait=0))
+        (answer,) = await pool.generate(group(7))
+        watch.cancel()
+        assert answer.output_ids == [700] and crew.kinds() == {"worker_dead": 1, "restart": 1}
+
+    run(scenario)
+
+
+def test_two_callers_that_see_one_death_replace_the_worker_once() -> None:
+    async def scenario() -> None:
+        crew = Crew(ScriptedEngine(), ScriptedEngine(), seats=1)
+        await crew.pool()
+        (seat,) = crew.seats
+        dead, lost = seat.worker, WorkerLost("engine-0", "gone")
+        await asyncio.gather(seat.replace(dead, lost), seat.replace(dead, lost))
+        assert crew.kinds() == {"worker_dead": 1, "restart": 1}
+
+    run(scenario)

@@ -1,0 +1,49 @@
+"""What is set before ray is imported, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from miles import environment
+from miles.errors import ExitCode, Unavailable
+from miles.orchestration.ray_environment import load_ray, prepare_client, prepare_private_runtime
+
+VARIABLES = (
+    "RAY_AUTH_MODE",
+    "RAY_AUTH_TOKEN",
+    "RAY_AUTH_TOKEN_PATH",
+    "RAY_USAGE_STATS_ENABLED",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+)
+
+
+@pytest.fixture(autouse=True)
+def bare_shell(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """None of the variables is set, and none of those set here outlives the test."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
+def test_a_missing_ray_is_exit_four_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(Unavailable, match=r"pip install 'miles\[ray\]'") as caught:
+        load_ray()
+    assert caught.value.exit_code is ExitCode.UNAVAILABLE
+
+
+def test_a_private_runtime_gets_a_token_of_its_own_and_loopback_only() -> None:
+    prepare_private_runtime()
+    assert environment.get("RAY_AUTH_MODE") == "token"
+    assert len(environment.get("RAY_AUTH_TOKEN") or "") >= 32
+    assert environment.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0"
+
+
+def test_a_client_sends_the_token_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_client()
+    assert environment.get("RAY_AUTH_MODE") is None
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    prepare_client()
+    assert environment.get("RAY_AUTH_MODE") == "token"

@@ -1,0 +1,92 @@
+"""The sampling side: what it begins first, and what it keeps for a resumed run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from miles.data.prompts import PromptFormat, PromptKeys
+from miles.data.rows import parse_data_path
+from miles.data.sample import Sample
+from miles.data.source import PromptSource, SourceSettings
+from miles.orchestration.rollout_worker import RolloutWorker
+from miles.rollout.collect import CollectSettings
+from miles.rollout.engine import GenerateOutput, GenerateRequest, SamplingParams
+from miles.rollout.generate import GenerationSettings
+
+LENGTHS = {1: 3, 2: 9, 3: 1, 4: 6}
+"""How long the responses are, by the prompt's only token."""
+
+
+class Tokens:
+    """Prompts are numbers; a number is its own token."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [int(text)]
+
+
+class ScriptedEngine:
+    """Answers by the table above, and notes the order of the prompts."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateOutput]:
+        self.asked.append(requests[0].input_ids[0])
+        length = LENGTHS[requests[0].input_ids[0]]
+        return [
+            GenerateOutput(
+                output_ids=[5] * length,
+                log_probs=np.zeros(length, dtype=np.float32),
+                routed_experts=None,
+                finish_reason="stop",
+                weight_versions=[(0, 0)],
+                cached_tokens=0,
+            )
+            for _ in requests
+        ]
+
+    async def abort(self, groups: Collection[int] | None = None) -> int:
+        return 0
+
+
+async def score(samples: Sequence[Sample]) -> list[float]:
+    return [1.0 for _ in samples]
+
+
+def worker(path: Path, engine: ScriptedEngine) -> RolloutWorker:
+    prompts = PromptSource(
+        parse_data_path(str(path)),
+        PromptFormat(Tokens(), False),  # type: ignore[arg-type]
+        SourceSettings(keys=PromptKeys(label=None), n_samples_per_prompt=2),
+    )
+    return RolloutWorker(
+        engine=engine,
+        prompts=prompts,
+        score=score,
+        detokenize=str,
+        generation=GenerationSettings(sampling=SamplingParams(max_new_tokens=10), max_context_len=20),
+        settings=CollectSettings(rollout_batch_size=4, over_sampling_batch_size=4),
+    )
+
+
+def test_the_second_epoch_begins_with_the_longest_also_after_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"input": str(prompt)}) + "\n" for prompt in LENGTHS))
+    engine, later = ScriptedEngine(), ScriptedEngine()
+    first = worker(path, engine)
+    samples = asyncio.run(first.collect(1)).samples
+    assert engine.asked == [1, 2, 3, 4]
+    assert [sample.tokens[0] for sample in samples] == [1, 1, 2, 2, 3, 3, 4, 4]
+    resumed = worker(path, later)
+    resumed.prompts.load_state(json.loads(json.dumps(first.prompts.state())))
+    for each, asked in ((first, engine.asked), (resumed, later.asked)):
+        samples = asyncio.run(each.collect(2)).samples
+        assert asked[-4:] == [2, 4, 1, 3]
+        assert [sample.tokens[0] for sample in samples] == [1, 1, 2, 2, 3, 3, 4, 4], (
+            "samples keep their order"
+        )

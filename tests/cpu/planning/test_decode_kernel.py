@@ -1,0 +1,69 @@
+"""What decodes is decided in the plan, with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from miles.config import ResolvedConfig
+from miles.planning import Facts, Plan, make_plan
+from miles.planning.facts.compiler import CompilerFacts
+
+Make = Callable[..., ResolvedConfig]
+COMPILER = CompilerFacts("/usr/bin/c++", "AVX-512")
+
+
+@pytest.fixture
+def plan(resolved: Make, facts: Facts) -> Callable[..., Plan]:
+    """The plan of the good run with more flags, on a machine with or without a compiler."""
+
+    def make(flags: str = "", compiler: CompilerFacts | None = COMPILER) -> Plan:
+        return make_plan(resolved(flags), replace(facts, machine=replace(facts.machine, compiler=compiler)))
+
+    return make
+
+
+def test_a_machine_with_a_compiler_takes_the_kernel(plan: Callable[..., Plan]) -> None:
+    decode = plan().decode
+    assert str(decode) == "fused (AVX-512)"
+    assert decode is not None and decode.compiler == "/usr/bin/c++"
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--decode-kernel torch", "engine.decode_kernel"),
+        ("--true-on-policy-mode", "exact numerics"),
+        ("--numerics exact", "exact numerics"),
+        ("--dtype bf16", "the engine computes in bf16"),
+        ("--rollout-format bf16", "the engine computes in bf16"),
+        ("--threads 2", "2 threads, the kernel has one"),
+    ],
+)
+def test_what_the_kernel_cannot_do_torch_does(plan: Callable[..., Plan], flags: str, reason: str) -> None:
+    assert str(plan(flags).decode) == f"torch: {reason}"
+
+
+def test_a_machine_without_a_compiler_takes_torch(plan: Callable[..., Plan]) -> None:
+    assert str(plan(compiler=None).decode) == "torch: no compiler"
+
+
+def test_weights_stored_as_fp8_are_computed_in_fp32(plan: Callable[..., Plan]) -> None:
+    assert str(plan("--rollout-format fp8").decode) == "fused (AVX-512)"
+
+
+def test_a_supervised_run_decodes_nothing(plan: Callable[..., Plan]) -> None:
+    assert plan("--loss-type sft_loss").decode is None
+
+
+def test_the_packed_weights_are_in_the_memory_plan(plan: Callable[..., Plan]) -> None:
+    with_kernel, without = plan().memory, plan("--decode-kernel torch").memory
+    (part,) = [part for part in with_kernel.parts if part.name == "decode kernel"]
+    assert with_kernel.total_bytes - without.total_bytes == part.bytes > 0
+
+
+def test_the_choice_is_a_derived_value_with_its_rule(plan: Callable[..., Plan]) -> None:
+    rows = {row.setting: row for row in plan().derived}
+    assert (rows["engine.decode_kernel"].value, rows["engine.decode_kernel"].rule) == ("fused", "AVX-512")
