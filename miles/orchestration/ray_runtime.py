@@ -6,12 +6,16 @@ import shutil
 import tempfile
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 from miles.errors import Unavailable
 from miles.orchestration.ray_environment import load_ray, prepare_private_runtime
 from miles.planning import Plan
 from miles.planning.workers import WorkersPlan
 
 PLACEMENT_SECONDS = 60.0
+END_SECONDS = 15.0
+"""How long the processes of a private runtime may take to end by themselves, before they are told to."""
 _MIB = 1 << 20
 _STORE_BYTES = 256 * _MIB
 """Object store beside weights: samples on their way."""
@@ -58,7 +62,9 @@ class RayRuntime:
             remove_placement_group(self._placement)
         self._placement = None
         if self._temp_dir is not None:
+            family = _family(self._temp_dir)
             ray.shutdown()
+            _end(family)
             shutil.rmtree(self._temp_dir, ignore_errors=True)
             self._temp_dir = None
 
@@ -86,6 +92,29 @@ class RayRuntime:
                 why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
                 fix="take --executor inline, or look at the logs of Ray in that directory",
             ) from error
+
+
+def _family(temp_dir: str) -> list[psutil.Process]:
+    """The servers of the runtime that lives in `temp_dir`, and all their descendants: the workers among them."""
+    family: dict[int, psutil.Process] = {}
+    for child in psutil.Process().children():
+        try:
+            if any(temp_dir in argument for argument in child.cmdline()):
+                family.update({member.pid: member for member in (child, *child.children(recursive=True))})
+        except psutil.NoSuchProcess:
+            continue
+    return list(family.values())
+
+
+def _end(family: list[psutil.Process]) -> None:
+    """Return when none of these runs any more. Ray's shutdown returns before its workers have ended."""
+    _, alive = psutil.wait_procs(family, timeout=END_SECONDS)
+    for member in alive:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(alive, timeout=END_SECONDS)
 
 
 def _reserve(ray: Any, workers: WorkersPlan) -> Any:
