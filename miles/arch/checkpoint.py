@@ -66,6 +66,14 @@ def published_tensors(spec: ArchSpec) -> dict[str, Shape]:
     return dict(family.published_tensors(spec)) | dict(family.mtp_tensors(spec))
 
 
+def optional_copies(spec: ArchSpec) -> dict[str, str]:
+    """Tensors that some published checkpoints hold a second time, with the name of the one they repeat: the
+    head of a tied model, embedding and head beside MTP layers.
+    """
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if spec.tie_word_embeddings else {}
+    return tied | dict(FAMILIES[spec.family].mtp_copies(spec))
+
+
 def with_mtp(spec: ArchSpec, num_layers: int) -> ArchSpec:
     """The model with so many MTP layers: the first it has, and further ones shaped like its last layer."""
     if num_layers == 0:
@@ -89,11 +97,10 @@ def check_weights(spec: ArchSpec, checkpoint_dir: str | Path) -> dict[str, Tenso
 def check_shapes(spec: ArchSpec, found: Mapping[str, Shape], where: str) -> None:
     """Refuse a set of tensors that is not exactly the published one; names are in the error.
 
-    A tied model may carry its head a second time, as some published checkpoints do.
+    `optional_copies` may be there or not.
     """
-    expected = published_tensors(spec)
-    optional = {"lm_head.weight": (spec.vocab_size, spec.hidden_size)} if spec.tie_word_embeddings else {}
-    problems = tensor_problems(expected, optional, found)
+    table = (spec.vocab_size, spec.hidden_size)
+    problems = tensor_problems(published_tensors(spec), dict.fromkeys(optional_copies(spec), table), found)
     if problems:
         raise CheckpointError(
             f"weights do not match config.json: {problems}",

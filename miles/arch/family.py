@@ -24,11 +24,33 @@ class MtpNames:
     hidden_norm: str
     fc: str
     final_norm: str
+    embedding_copy: str = ""
+    """Where a checkpoint may hold the model's embedding a second time; empty: nowhere."""
+    head_copy: str = ""
 
     def at(self, depth: int, num_layers: int) -> MtpNames:
         """The names of one depth of a model with so many decoder layers."""
         filled = {k: text.format(depth=depth, layer=num_layers + depth) for k, text in vars(self).items()}
         return MtpNames(**filled)
+
+
+@dataclass(frozen=True)
+class MoeNames:
+    """Published names of the tensors of a block of experts. `block` stands behind the prefix of the layer,
+    the others behind the block, those of a SwiGLU's projections behind `experts.<i>` as well.
+    """
+
+    block: str = "mlp"
+    router: str = "gate.weight"
+    correction_bias: str = "gate.e_score_correction_bias"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: str = "shared_experts"
+    """The shared experts, whose projections are called as in a dense layer."""
+
+
+MOE_NAMES = MoeNames()
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,7 @@ class Family:
     mtp_names: MtpNames
     shared_mtp_projection: bool
     """Whether all MTP layers of this family share the norms and the projection around them."""
+    moe_names: MoeNames = MOE_NAMES
 
     def mtp_tensors(self, spec: ArchSpec) -> Iterator[tuple[str, Shape]]:
         """The tensors of the MTP layers; none without such layers."""
@@ -60,3 +83,13 @@ class Family:
         for depth, layer in enumerate(spec.mtp.layers):
             prefix = self.mtp_names.at(depth, spec.num_layers).layer
             yield from self.layer_tensors(prefix, layer, width)
+
+    def mtp_copies(self, spec: ArchSpec) -> Iterator[tuple[str, str]]:
+        """Names of tensors that a checkpoint with MTP layers may hold twice, with the name of the first."""
+        for depth in range(spec.mtp_num_layers):
+            names = self.mtp_names.at(depth, spec.num_layers)
+            if names.embedding_copy:
+                yield names.embedding_copy, "model.embed_tokens.weight"
+            if names.head_copy:
+                tied = spec.tie_word_embeddings
+                yield names.head_copy, "model.embed_tokens.weight" if tied else "lm_head.weight"

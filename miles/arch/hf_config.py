@@ -14,6 +14,8 @@ HF_DTYPE_NAMES: dict[Dtype, str] = {ours: theirs for theirs, ours in _DTYPES.ite
 LLAMA3 = "llama3"
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
+PARTIAL_ROTARY = "partial_rotary_factor"
+
 MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 """Where published configs count their multi-token-prediction layers; the first is the one we write."""
 
@@ -52,13 +54,19 @@ class HfConfig:
         self._wrong(names[0], name, value, "a whole number >= 1")
         return 1
 
+    def whole(self, *names: str, default: int) -> int:
+        """A whole number of at least 0 under the first of `names` that is present."""
+        name, value = self._find(names)
+        if value is None:
+            return default
+        if type(value) is int and value >= 0:
+            return value
+        self._wrong(name, name, value, "a whole number >= 0")
+        return default
+
     def mtp_num_layers(self) -> int:
         """Multi-token-prediction layers; 0 when the config names none."""
-        name, value = self._find(MTP_KEYS)
-        if value is None or (type(value) is int and value >= 0):
-            return value or 0
-        self._wrong(name, name, value, "a whole number >= 0")
-        return 0
+        return self.whole(*MTP_KEYS, default=0)
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.values.get(name)
@@ -102,9 +110,9 @@ class HfConfig:
         if value != supported:
             self.problem(f"{name} = {value!r} is not supported (only {supported!r})")
 
-    def rope(self) -> RopeSpec:
+    def rope(self, head_dim: int, rotated: float = 1.0) -> RopeSpec:
         """Rotary embedding: `rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes
-        it.
+        it. `rotated`: the part of a head that is rotated where config.json does not say.
         """
         parameters = self.values.get("rope_parameters") or {}
         key = "rope_scaling" if self.values.get("rope_scaling") else "rope_parameters"
@@ -116,7 +124,17 @@ class HfConfig:
         if not (_is_number(theta) and theta > 0):
             self._wrong("rope_theta", "rope_theta", theta, "a number > 0")
             theta = 1.0
-        return RopeSpec(float(theta), self._llama3_scaling(scaling) if kind == LLAMA3 else None)
+        width = self._rotary_width(parameters, head_dim, rotated)
+        return RopeSpec(float(theta), self._llama3_scaling(scaling) if kind == LLAMA3 else None, width)
+
+    def _rotary_width(self, table: Mapping[str, Any], head_dim: int, rotated: float) -> int | None:
+        """Rotated elements of a head; None: all of them."""
+        part = table.get(PARTIAL_ROTARY, self.values.get(PARTIAL_ROTARY, rotated))
+        width = int(head_dim * part) if _is_number(part) else 0
+        if not 0 < width <= head_dim or width % 2:
+            self.problem(f"{PARTIAL_ROTARY} = {part!r} does not leave an even part of head_dim = {head_dim}")
+            return None
+        return None if width == head_dim else width
 
     def _llama3_scaling(self, table: Mapping[str, Any]) -> Llama3Scaling | None:
         values = [table.get(key) for key in LLAMA3_KEYS]

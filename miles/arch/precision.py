@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from miles.arch.spec import ArchSpec, Dtype
-from miles.arch.tensor_roles import Role, decoder_layer, role_of
+from miles.arch.tensor_roles import Role, decoder_layer, is_fp32_buffer, role_of
 
 FormatName = Literal[
     "fp32", "bf16", "fp16", "fp8", "fp8_channel", "fp8_tensor", "mxfp8", "nvfp4", "int4", "int8"
@@ -140,6 +140,8 @@ class PrecisionPolicy:
         return ""
 
     def _applied(self, wanted: NumberFormat, name: str) -> NumberFormat:
+        if is_fp32_buffer(name):
+            return NumberFormat("fp32")
         if wanted.is_plain:
             return wanted
         if role_of(name) in self._roles(wanted) and not self.exception(name):

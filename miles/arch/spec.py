@@ -10,6 +10,8 @@ from functools import cached_property
 from typing import Literal
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+QkNormOver = Literal["head", "width"]
+Scoring = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,17 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary position embedding over the whole head (https://arxiv.org/abs/2104.09864)."""
+    """Rotary position embedding (https://arxiv.org/abs/2104.09864)."""
 
     theta: float
     scaling: Llama3Scaling | None = None
+    width: int | None = None
+    """Elements at the start of a head that are rotated; None: all."""
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Grouped-query attention. `qk_norm`: RMSNorm over each query and key head before the rotation."""
+    """Grouped-query attention. `qk_norm`: RMSNorm over queries and keys before the rotation."""
 
     num_heads: int
     num_kv_heads: int
@@ -44,6 +48,23 @@ class AttentionSpec:
     qkv_bias: bool
     output_bias: bool
     qk_norm: bool = True
+    qk_norm_over: QkNormOver = "head"
+    """What shares one mean square: each head, or all heads of a token together."""
+
+    @property
+    def rotary_width(self) -> int:
+        """Elements of a head that are rotated."""
+        return self.rope.width or self.head_dim
+
+    @property
+    def q_norm_width(self) -> int:
+        """Weights of the query norm."""
+        return self.head_dim if self.qk_norm_over == "head" else self.query_width
+
+    @property
+    def k_norm_width(self) -> int:
+        """Weights of the key norm."""
+        return self.head_dim if self.qk_norm_over == "head" else self.kv_width
 
     @property
     def query_width(self) -> int:
@@ -61,7 +82,7 @@ class AttentionSpec:
     def num_parameters(self, hidden_size: int) -> int:
         projections = (self.qkv_width + self.query_width) * hidden_size
         biases = self.qkv_bias * self.qkv_width + self.output_bias * hidden_size
-        return projections + biases + self.qk_norm * 2 * self.head_dim
+        return projections + biases + self.qk_norm * (self.q_norm_width + self.k_norm_width)
 
 
 @dataclass(frozen=True)
@@ -79,25 +100,45 @@ class DenseMlpSpec:
 
 @dataclass(frozen=True)
 class MoeSpec:
-    """SwiGLU experts behind a softmax router: each token visits `top_k` of `num_experts`.
+    """SwiGLU experts behind a router: each token visits `top_k` of `num_experts`, and the shared experts.
 
-    `norm_topk_prob`: the chosen probabilities are divided by their sum before they weigh the experts.
+    `norm_topk_prob`: the chosen scores are divided by their sum before they weigh the experts.
     """
 
     num_experts: int
     top_k: int
     intermediate_size: int
     norm_topk_prob: bool
+    scoring: Scoring = "softmax"
+    """From router logits to scores: over all experts, or for each expert alone."""
+    correction_bias: bool = False
+    """A bias per expert that takes part in the choice, not in the weights, and gets no gradient
+    (https://arxiv.org/abs/2408.15664)."""
+    num_groups: int = 1
+    """Consecutive experts form so many groups; a token chooses among the `top_groups` whose two best experts
+    score highest together (https://arxiv.org/abs/2412.19437, section 2.1.2)."""
+    top_groups: int = 1
+    routed_scaling: float = 1.0
+    """What the weights of the experts are multiplied by, after they were normalised."""
+    shared_size: int = 0
+    """Width of the SwiGLU that every token visits beside its experts: all shared experts as one; 0: none."""
 
     def num_parameters(self, hidden_size: int) -> int:
         return self._with_experts(self.num_experts, hidden_size)
 
     def num_active_parameters(self, hidden_size: int) -> int:
-        """Parameters one token passes through: the router and `top_k` experts."""
+        """Parameters one token passes through: the router, `top_k` experts and the shared ones."""
         return self._with_experts(self.top_k, hidden_size)
 
+    def router_parameters(self, hidden_size: int) -> int:
+        return self.num_experts * (hidden_size + self.correction_bias)
+
+    def shared_parameters(self, hidden_size: int) -> int:
+        return 3 * hidden_size * self.shared_size
+
     def _with_experts(self, experts: int, hidden_size: int) -> int:
-        return self.num_experts * hidden_size + experts * 3 * hidden_size * self.intermediate_size
+        routed = experts * 3 * hidden_size * self.intermediate_size
+        return self.router_parameters(hidden_size) + routed + self.shared_parameters(hidden_size)
 
 
 @dataclass(frozen=True)

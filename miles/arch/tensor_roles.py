@@ -34,6 +34,9 @@ _PATTERNS: tuple[tuple[Role, str], ...] = (
 )
 """The first that fits decides; `hnorm` and `pre_fc_norm_embedding` are norms, `gate_proj` is not a router."""
 
+FP32_BUFFERS = "e_score_correction_bias"
+"""Router biases stay fp32 beside weights of any format: they are compared, not multiplied."""
+
 _COMPILED = tuple((role, re.compile(pattern)) for role, pattern in _PATTERNS)
 _DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _MTP = re.compile(r"(^|\.)mtp\.")
@@ -43,6 +46,11 @@ _MTP = re.compile(r"(^|\.)mtp\.")
 def role_of(name: str) -> Role:
     """The part of the model that a published tensor belongs to."""
     return next((role for role, pattern in _COMPILED if pattern.search(name)), "other")
+
+
+def is_fp32_buffer(name: str) -> bool:
+    """Whether a published tensor is fp32 whatever the format of the weights, and gets no gradient."""
+    return name.endswith(FP32_BUFFERS)
 
 
 def decoder_layer(name: str) -> int | None:

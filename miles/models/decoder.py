@@ -22,8 +22,9 @@ from miles.models.routing import Router
 
 
 class AttentionBlock(nn.Module):
-    """Fused projection qkv [(H + 2 Hkv) d, D] (queries, keys, values), head norms [d] where the model has
-    them, output o [D, H d]. `input_size`: what qkv reads, where that is not D.
+    """Fused projection qkv [(H + 2 Hkv) d, D] (queries, keys, values), norms of queries and keys where the
+    model has them ([d] over heads, [H d] and [Hkv d] over the width), output o [D, H d]. `input_size`: what
+    qkv reads, where that is not D.
     """
 
     def __init__(
@@ -40,8 +41,8 @@ class AttentionBlock(nn.Module):
         self.numerics: Numerics = FAST
         self.qkv = nn.Parameter(torch.empty(spec.qkv_width, input_size or hidden_size, dtype=dtype))
         self.qkv_bias = nn.Parameter(torch.empty(spec.qkv_width, dtype=dtype)) if spec.qkv_bias else None
-        self.q_norm = nn.Parameter(torch.empty(spec.head_dim, dtype=dtype)) if spec.qk_norm else None
-        self.k_norm = nn.Parameter(torch.empty(spec.head_dim, dtype=dtype)) if spec.qk_norm else None
+        self.q_norm = nn.Parameter(torch.empty(spec.q_norm_width, dtype=dtype)) if spec.qk_norm else None
+        self.k_norm = nn.Parameter(torch.empty(spec.k_norm_width, dtype=dtype)) if spec.qk_norm else None
         self.o = nn.Parameter(torch.empty(hidden_size, spec.query_width, dtype=dtype))
         self.o_bias = nn.Parameter(torch.empty(hidden_size, dtype=dtype)) if spec.output_bias else None
 
@@ -51,12 +52,21 @@ class AttentionBlock(nn.Module):
         heads = numerics.linear(x, self.qkv, self.qkv_bias).view(x.shape[0], -1, spec.head_dim)
         qk, v = heads.split_with_sizes((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
-            norms = (self.q_norm.expand(spec.num_heads, -1), self.k_norm.expand(spec.num_kv_heads, -1))
-            qk = rms_norm(qk, torch.cat(norms), self.eps)
+            qk = self._normed(qk, self.q_norm, self.k_norm)
         qk = numerics.rotate(qk, rotation)
         q, k = qk.split_with_sizes((spec.num_heads, spec.num_kv_heads), 1)
         run = again if "core_attn" in self.recompute_modules else once
         return numerics.linear(run(attention.attend, layer, q, k, v, spec), self.o, self.o_bias)
+
+    def _normed(self, qk: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
+        """Queries and keys [T, H + Hkv, d] under their norms."""
+        spec = self.spec
+        if spec.qk_norm_over == "head":
+            norms = (q_norm.expand(spec.num_heads, -1), k_norm.expand(spec.num_kv_heads, -1))
+            return rms_norm(qk, torch.cat(norms), self.eps)
+        q, k = qk.flatten(1).split_with_sizes((spec.query_width, spec.kv_width), 1)
+        both = rms_norm(q, q_norm, self.eps), rms_norm(k, k_norm, self.eps)
+        return torch.cat(both, 1).view(qk.shape)
 
 
 class DecoderLayer(nn.Module):

@@ -112,7 +112,9 @@ class _Probe:
         kernels = numerics.expert_kernels(gate_up, down)
 
         def run(x: Tensor) -> Tensor:
-            weights, ids = torch.topk(numerics.router_probs(x, router), min(moe.top_k, count), -1)
+            weights, ids = torch.topk(
+                numerics.router_scores(x, router, moe.scoring), min(moe.top_k, count), -1
+            )
             weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
             return routed_experts(x, ids % count, weights, gate_up, down, kernels)
 

@@ -27,7 +27,9 @@ class DenseMlp(nn.Module):
 
 
 class MoeMlp(nn.Module):
-    """router [E, D]; stacked experts gate_up [E, 2I, D] and down [E, D, I]."""
+    """router [E, D], correction_bias fp32 [E] where the model has one; stacked experts gate_up [E, 2I, D] and
+    down [E, D, I]; shared, a SwiGLU beside them, where the model has one.
+    """
 
     def __init__(self, spec: MoeSpec, hidden_size: int, moe_layer: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -35,12 +37,21 @@ class MoeMlp(nn.Module):
         self.spec, self.moe_layer = spec, moe_layer
         experts, width = spec.num_experts, spec.intermediate_size
         self.router = nn.Parameter(torch.empty(experts, hidden_size, dtype=dtype))
+        self.correction_bias = (
+            nn.Parameter(torch.empty(experts, dtype=torch.float32), requires_grad=False)
+            if spec.correction_bias
+            else None
+        )
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden_size, dtype=dtype))
         self.down = nn.Parameter(torch.empty(experts, hidden_size, width, dtype=dtype))
+        self.shared = (
+            DenseMlp(DenseMlpSpec(spec.shared_size), hidden_size, dtype) if spec.shared_size else None
+        )
 
     def forward(self, x: Tensor, router: Router) -> Tensor:
         """x [T, D] -> [T, D]."""
-        probs = self.numerics.router_probs(x, self.router)
-        ids, weights = router.select(self.moe_layer, probs, self.spec)
+        scores = self.numerics.router_scores(x, self.router, self.spec.scoring)
+        ids, weights = router.select(self.moe_layer, scores, self.spec, self.correction_bias)
         kernels = self.numerics.expert_kernels(self.gate_up, self.down)
-        return routed_experts(x, ids, weights.to(x.dtype), self.gate_up, self.down, kernels)
+        out = routed_experts(x, ids, weights.to(x.dtype), self.gate_up, self.down, kernels)
+        return out if self.shared is None else out + self.shared(x, router)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miles.arch.spec import AttentionSpec
+from miles.arch.spec import AttentionSpec, Scoring
 from miles.models import experts, rotary
 from miles.models import swiglu as activation
 from miles.models.attention import Attention, CachedAttention, ChunkAttention, PackedAttention
@@ -60,8 +60,8 @@ class Numerics(Protocol):
         """[T, 2I] -> [T, I]."""
         ...
 
-    def router_probs(self, x: Tensor, router: Tensor) -> Tensor:
-        """softmax(x [T, D] @ router [E, D]ᵀ) over experts, fp32 [T, E]."""
+    def router_scores(self, x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
+        """Softmax over experts, or sigmoid, of x [T, D] @ router [E, D]ᵀ: fp32 [T, E]."""
         ...
 
     def expert_kernels(self, gate_up: Tensor, down: Tensor) -> experts.ExpertKernels:
@@ -109,7 +109,7 @@ class FastNumerics:
         return F.linear(x, weight, bias)
 
     def rotations(self, spec: AttentionSpec, num_positions: int, positions: Tensor) -> Tensor:
-        table = rotary.rotations(spec.rope, spec.head_dim, num_positions, positions.device)
+        table = rotary.rotations(spec.rope, spec.rotary_width, num_positions, positions.device)
         return table.index_select(0, positions)
 
     def rotate(self, heads: Tensor, rotation: Tensor) -> Tensor:
@@ -118,7 +118,10 @@ class FastNumerics:
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return activation.swiglu(gate_up)
 
-    def router_probs(self, x: Tensor, router: Tensor) -> Tensor:
+    def router_scores(self, x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
+        if scoring == "sigmoid":
+            # In fp32 for any weights, as the families that score so do.
+            return torch.sigmoid(F.linear(x.float(), router.float()))
         # Experts first, tokens last: softmax over a short last dimension is ten times slower on CPU.
         return torch.softmax(torch.mm(router, x.t()).float(), 0).t()
 
@@ -178,7 +181,7 @@ class ExactNumerics:
         return self.blocks[shapes, weights[0].dtype]
 
     def rotations(self, spec: AttentionSpec, num_positions: int, positions: Tensor) -> Tensor:
-        table = rotary.half_rotations(spec.rope, spec.head_dim, num_positions, positions.device)
+        table = rotary.half_rotations(spec.rope, spec.rotary_width, num_positions, positions.device)
         return table.index_select(0, positions)
 
     def rotate(self, heads: Tensor, rotation: Tensor) -> Tensor:
@@ -187,9 +190,11 @@ class ExactNumerics:
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return activation.swiglu(gate_up, self._activation)
 
-    def router_probs(self, x: Tensor, router: Tensor) -> Tensor:
+    def router_scores(self, x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
         # In fp32 for any weights: near ties between experts are common in bf16.
         logits = self.linear(x.float(), router.float())
+        if scoring == "sigmoid":
+            return torch.neg(logits).exp().add(1).reciprocal()
         if self.threads > 1:
             return torch.softmax(logits, -1)
         rows = len(logits)

@@ -3,7 +3,7 @@
 Published checkpoints rotate dimension i together with i + d/2 ("half" layout). `rotate` multiplies complex
 numbers and leaves each such pair side by side: queries and keys are permuted alike, so their products stay
 the same. `rotate_halves` keeps the layout and rounds every product and sum on its own, so that an element's
-bits do not depend on its place in the batch.
+bits do not depend on its place in the batch. A rotation narrower than the heads turns their first elements.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from miles.arch.spec import Llama3Scaling, RopeSpec
 
 
 @lru_cache(maxsize=8)
-def rotations(rope: RopeSpec, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
-    """exp(i · position · frequency), complex64 [num_positions, head_dim / 2]; shared by all who ask alike."""
-    angles = _angles(rope, head_dim, num_positions, device)
+def rotations(rope: RopeSpec, width: int, num_positions: int, device: torch.device) -> Tensor:
+    """exp(i · position · frequency), complex64 [num_positions, width / 2]; shared by all who ask alike."""
+    angles = _angles(rope, width, num_positions, device)
     return torch.polar(torch.ones_like(angles), angles)
 
 
 @lru_cache(maxsize=8)
-def half_rotations(rope: RopeSpec, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
-    """fp32 [num_positions, 2, head_dim]: (cos, cos), and (-sin, sin) for the other half of the head."""
-    angles = _angles(rope, head_dim, num_positions, device)
+def half_rotations(rope: RopeSpec, width: int, num_positions: int, device: torch.device) -> Tensor:
+    """fp32 [num_positions, 2, width]: (cos, cos), and (-sin, sin) for the other half."""
+    angles = _angles(rope, width, num_positions, device)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
 
 
-def _angles(rope: RopeSpec, head_dim: int, num_positions: int, device: torch.device) -> Tensor:
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+def _angles(rope: RopeSpec, width: int, num_positions: int, device: torch.device) -> Tensor:
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     frequencies = 1.0 / rope.theta**exponents
     if rope.scaling is not None:
         frequencies = _slowed(frequencies, rope.scaling)
@@ -50,14 +50,20 @@ def _slowed(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def rotate(heads: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate heads [T, H, d] by rotation [T, d/2] (complex64); the result has the dtype of `heads`."""
+    """Rotate heads [T, H, d] by rotation [T, w/2] (complex64), w <= d; the result has their dtype."""
+    width = 2 * rotation.shape[-1]
+    if width < heads.shape[-1]:
+        return torch.cat((rotate(heads[..., :width], rotation), heads[..., width:]), -1)
     if torch.is_grad_enabled() and heads.requires_grad:
         return _Rotate.apply(heads, rotation.unsqueeze(1))
     return _rotate(heads, rotation.unsqueeze(1))
 
 
 def rotate_halves(heads: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate heads [T, H, d] by rotation [T, 2, d] (fp32); the result has the dtype of `heads`."""
+    """Rotate heads [T, H, d] by rotation [T, 2, w] (fp32), w <= d; the result has their dtype."""
+    width = rotation.shape[-1]
+    if width < heads.shape[-1]:
+        return torch.cat((rotate_halves(heads[..., :width], rotation), heads[..., width:]), -1)
     cos, sin = rotation.split(1, dim=1)
     if torch.is_grad_enabled() and heads.requires_grad:
         return _RotateHalves.apply(heads, cos, sin)

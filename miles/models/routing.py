@@ -42,7 +42,7 @@ class Router:
 
     @classmethod
     def decide(cls, compared_with: Tensor | None = None, load_balancing: bool = False) -> Router:
-        """Tokens go to their most probable experts. `compared_with`: routes [T, Lm, k] to measure against."""
+        """Tokens go to the experts that score highest. `compared_with`: routes [T, Lm, k] to measure by."""
         return cls(
             compared_with=compared_with, keep_ids=torch.is_grad_enabled(), load_balancing=load_balancing
         )
@@ -61,28 +61,28 @@ class Router:
         compared = routes if measure_agreement else None
         return cls(replayed=routes, compared_with=compared, load_balancing=load_balancing)
 
-    def select(self, moe_layer: int, probs: Tensor, spec: MoeSpec) -> tuple[Tensor, Tensor]:
+    def select(
+        self, moe_layer: int, scores: Tensor, spec: MoeSpec, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Experts and their weights for all tokens of one layer.
 
         Args:
             moe_layer: position among the MoE layers, 0 .. Lm - 1.
-            probs: router probabilities, fp32 [T, E].
+            scores: of the router, fp32 [T, E].
+            bias: fp32 [E], added to the scores for the choice alone.
 
         Returns:
-            ids int64 [T, k] and weights fp32 [T, k], with the gradient of `probs`.
+            ids int64 [T, k] and weights fp32 [T, k], with the gradient of `scores`.
         """
         ids = self.dispatched.get(moe_layer)
         if ids is None:
-            ids = self._choose(moe_layer, probs.detach(), spec.top_k)
+            ids = self._choose(moe_layer, scores.detach(), spec, bias)
             if self._keep_ids:
                 self.dispatched[moe_layer] = ids
         if self._load_balancing:
             # Computed in recompute as well, which must repeat every operation of the first pass.
-            self._balance_terms.setdefault(moe_layer, _balance(probs, ids))
-        weights = probs.gather(1, ids)
-        if spec.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return ids, weights
+            self._balance_terms.setdefault(moe_layer, _balance(scores, ids, spec))
+        return ids, expert_weights(scores, ids, spec)
 
     def recorded(self) -> Tensor:
         """The routes really used, int16 [T, Lm, k]."""
@@ -131,11 +131,11 @@ class Router:
         assert self._load_balancing, "ask for it with load_balancing=True"
         return torch.stack(list(self._balance_terms.values())).mean()
 
-    def _choose(self, moe_layer: int, probs: Tensor, top_k: int) -> Tensor:
+    def _choose(self, moe_layer: int, scores: Tensor, spec: MoeSpec, bias: Tensor | None) -> Tensor:
         replayed = None if self._replayed is None else self._replayed[:, moe_layer]
         if replayed is not None and not self._has_gaps and self._compared_with is None:
             return replayed
-        decided = torch.topk(probs, top_k, dim=-1).indices
+        decided = decide(scores, spec, bias)
         if self._compared_with is not None:
             flipped, disjoint = compare_routes(decided, self._compared_with[:, moe_layer])
             self._flipped.append(flipped)
@@ -143,6 +143,29 @@ class Router:
         if replayed is None:
             return decided
         return torch.where(replayed[:, :1] < 0, decided, replayed)
+
+
+def decide(scores: Tensor, spec: MoeSpec, bias: Tensor | None = None) -> Tensor:
+    """The experts int64 [T, k] that scores [T, E] choose, best first; see `MoeSpec` for bias and groups."""
+    if bias is not None:
+        scores = scores + bias
+    if spec.num_groups > 1:
+        grouped = scores.unflatten(1, (spec.num_groups, -1))
+        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+        kept = torch.topk(group_scores, spec.top_groups, dim=-1).indices
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
+        scores = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
+    return torch.topk(scores, spec.top_k, dim=-1).indices
+
+
+def expert_weights(scores: Tensor, ids: Tensor, spec: MoeSpec) -> Tensor:
+    """What the experts `ids` [T, k] are weighed with, [T, k], given scores [T, E]."""
+    weights = scores.gather(1, ids)
+    if spec.norm_topk_prob:
+        total = weights.sum(-1, keepdim=True)
+        # Sigmoids may all vanish; the published models keep their sum off 0 like this.
+        weights = weights / (total if spec.scoring == "softmax" else total + 1e-20)
+    return weights if spec.routed_scaling == 1.0 else weights * spec.routed_scaling
 
 
 def expert_load(dispatched: Mapping[int, Tensor], num_experts: int, copies: Tensor | None = None) -> Tensor:
@@ -158,7 +181,8 @@ def expert_load(dispatched: Mapping[int, Tensor], num_experts: int, copies: Tens
     return torch.stack(loads).long()
 
 
-def _balance(probs: Tensor, ids: Tensor) -> Tensor:
-    num_tokens, num_experts = probs.shape
+def _balance(scores: Tensor, ids: Tensor, spec: MoeSpec) -> Tensor:
+    num_tokens, num_experts = scores.shape
+    probs = scores if spec.scoring == "softmax" else scores / (scores.sum(-1, keepdim=True) + 1e-20)
     share = torch.bincount(ids.flatten(), minlength=num_experts) / num_tokens
     return num_experts * (share * probs.mean(0)).sum()

@@ -19,9 +19,10 @@ from miles.arch import ArchSpec, Dtype, check_shapes, to_hf_config, with_mtp_dep
 from miles.arch.checkpoint import read_json
 from miles.arch.hf_config import HF_DTYPE_NAMES
 from miles.arch.safetensors_header import INDEX_FILE, SINGLE_FILE, read_headers
+from miles.arch.tensor_roles import is_fp32_buffer
 from miles.errors import CheckpointError
 from miles.weights.atomic import staged_directory
-from miles.weights.safetensors_io import read_tensors, write_tensors
+from miles.weights.safetensors_io import read_tensors, stream_tensors
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "fp32": torch.float32,
@@ -69,7 +70,7 @@ def write_hf(
         tensors: all published tensors of `spec`; anything else is refused by name.
         source_dir: a checkpoint whose config.json, tokenizer and generation settings go along. Without it
             config.json is made from `spec`.
-        dtype: the stored format (default: that of `spec`).
+        dtype: the stored format (default: that of `spec`); router biases are fp32 in any.
 
     Raises `CheckpointError` when `directory` exists, tensors are not those of `spec`, or the disk is full.
     """
@@ -83,6 +84,11 @@ def write_hf(
         _write_json(stage / "config.json", config | {"torch_dtype": HF_DTYPE_NAMES[stored]})
         if source_dir is not None:
             copy_companions(Path(source_dir), stage)
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type in which a published tensor leaves a model of weights in `dtype`."""
+    return torch.float32 if is_fp32_buffer(name) else dtype
 
 
 def copy_companions(source_dir: Path, directory: Path) -> None:
@@ -100,10 +106,11 @@ def _write_shards(
     shards: list[list[str]] = []
     total = 0
     for shard in _shards(tensors, dtype.itemsize, max_shard_bytes):
-        write_tensors(stage / _shard_name(len(shards)), shard, dtype)
+        forms = {name: (tensor.shape, stored_dtype(name, dtype)) for name, tensor in shard.items()}
+        stream_tensors(stage / _shard_name(len(shards)), forms, shard.items())
         shards.append(list(shard))
-        shapes |= {name: tuple(tensor.shape) for name, tensor in shard.items()}
-        total += sum(tensor.numel() * dtype.itemsize for tensor in shard.values())
+        shapes |= {name: tuple(shape) for name, (shape, _) in forms.items()}
+        total += sum(shape.numel() * stored.itemsize for shape, stored in forms.values())
     if len(shards) == 1:
         (stage / _shard_name(0)).rename(stage / SINGLE_FILE)
         return shapes

@@ -17,8 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from miles.arch import ArchSpec, DenseMlpSpec, check_shapes, published_tensors
+from miles.arch import ArchSpec, DenseMlpSpec, MoeSpec, check_shapes, optional_copies, published_tensors
 from miles.arch.families import FAMILIES
+from miles.arch.family import MoeNames
 from miles.arch.spec import AttentionSpec, LayerSpec
 from miles.errors import CheckpointError
 from miles.weights.group import TensorGroup
@@ -78,8 +79,8 @@ def load_published(
     """Fill a `Decoder`, and its `MtpDraft`, from published tensors (any dtype, any order), converting to its
     own dtype.
 
-    Raises `CheckpointError` naming what is missing, unexpected, repeated or of another shape. A tied model
-    takes a second copy of its head only if that equals its embedding.
+    Raises `CheckpointError` naming what is missing, unexpected, repeated or of another shape, or a second
+    copy (`arch.optional_copies`) that differs from the first.
     """
     load_views(_spec(decoder, draft), _native(decoder, draft), items, where)
 
@@ -88,7 +89,7 @@ def without_spare_mtp(
     full: ArchSpec, wanted: ArchSpec, items: Iterable[tuple[str, Tensor]]
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model, less those of MTP layers that `wanted` lacks."""
-    spare = published_tensors(full).keys() - published_tensors(wanted).keys()
+    spare = _all_names(full) - _all_names(wanted)
     return ((name, tensor) for name, tensor in items if name not in spare)
 
 
@@ -97,7 +98,8 @@ def load_views(
     spec: ArchSpec, native: Mapping[str, Tensor], items: Iterable[tuple[str, Tensor]], where: str
 ) -> None:
     """`load_published` for any native-named tensors, e.g. optimizer moments."""
-    views = dict(published_views(spec, native))
+    copies = optional_copies(spec)
+    views = {name: view for name, view in published_views(spec, native) if name not in copies}
 
     def store(name: str, tensor: Tensor) -> None:
         views[name].copy_(tensor)
@@ -123,22 +125,38 @@ def load_each(
         differs: whether a tensor is not the one stored under a name.
     """
     seen: dict[str, tuple[int, ...]] = {}
-    extra_head: Tensor | None = None
+    copies: dict[str, Tensor] = {}
+    originals = optional_copies(spec)
     for name, tensor in items:
         if name in seen:
             raise CheckpointError(f"{name} comes twice", where=where)
         seen[name] = tuple(tensor.shape)
-        if shapes.get(name) == tensor.shape:
+        if name in originals:
+            copies[name] = tensor
+        elif shapes.get(name) == tensor.shape:
             store(name, tensor)
-        elif name == "lm_head.weight":
-            extra_head = tensor
     check_shapes(spec, seen, where)
-    if extra_head is not None and differs("model.embed_tokens.weight", extra_head):
-        raise CheckpointError(
-            "lm_head.weight differs from model.embed_tokens.weight, but tie_word_embeddings is true",
+    for name, tensor in copies.items():
+        if differs(originals[name], tensor):
+            raise _other_copy(name, originals[name], where)
+
+
+def _other_copy(name: str, original: str, where: str) -> CheckpointError:
+    if name == "lm_head.weight":
+        return CheckpointError(
+            f"lm_head.weight differs from {original}, but tie_word_embeddings is true",
             where=where,
             fix="set tie_word_embeddings to false in config.json, or leave lm_head.weight out",
         )
+    return CheckpointError(
+        f"{name} differs from {original}: MTP layers of their own tables are not supported",
+        where=where,
+        fix=f"leave {name} out, or load the model without its MTP layers: --mtp-num-layers 0",
+    )
+
+
+def _all_names(spec: ArchSpec) -> set[str]:
+    return {*published_tensors(spec), *optional_copies(spec)}
 
 
 def native_parameters(decoder: nn.Module, draft: nn.Module | None = None) -> dict[str, nn.Parameter]:
@@ -166,14 +184,18 @@ def views_with_origin(spec: ArchSpec, native: Mapping[str, Tensor]) -> Iterator[
 
     Each native tensor is looked up once, when its first view is asked for.
     """
+    names = FAMILIES[spec.family].moe_names
     yield "embed", "model.embed_tokens.weight", native["embed"]
     for index, layer in enumerate(spec.layers):
-        yield from _layer(layer, native, f"layers.{index}", f"model.layers.{index}")
+        yield from _layer(layer, native, f"layers.{index}", f"model.layers.{index}", names)
     yield "final_norm", "model.norm.weight", native["final_norm"]
     if not spec.tie_word_embeddings:
         yield "head", "lm_head.weight", native["head"]
     if spec.mtp is not None:
         yield from _mtp(spec, native)
+        for copy, original in FAMILIES[spec.family].mtp_copies(spec):
+            ours = "head" if original == "lm_head.weight" else "embed"
+            yield ours, copy, native[ours]
 
 
 def _mtp(spec: ArchSpec, native: Mapping[str, Tensor]) -> Iterator[View]:
@@ -184,7 +206,8 @@ def _mtp(spec: ArchSpec, native: Mapping[str, Tensor]) -> Iterator[View]:
             yield _whole(native, f"{DRAFT}projections.{depth}.{part}", getattr(names, part))
     for depth, layer in enumerate(spec.mtp.layers):
         prefix = FAMILIES[spec.family].mtp_names.at(depth, spec.num_layers).layer
-        yield from _layer(layer, native, f"{DRAFT}layers.{depth}", prefix)
+        names_of_experts = FAMILIES[spec.family].moe_names
+        yield from _layer(layer, native, f"{DRAFT}layers.{depth}", prefix, names_of_experts)
 
 
 def dense_layer_views(
@@ -198,12 +221,16 @@ def dense_layer_views(
     return ((theirs, view) for _, theirs, view in views)
 
 
-def _layer(layer: LayerSpec, native: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator[View]:
+def _layer(
+    layer: LayerSpec, native: Mapping[str, Tensor], ours: str, theirs: str, names: MoeNames
+) -> Iterator[View]:
     yield _whole(native, f"{ours}.input_norm", f"{theirs}.input_layernorm.weight")
     yield from _attention(layer.attention, native, f"{ours}.attention", f"{theirs}.self_attn")
     yield _whole(native, f"{ours}.post_norm", f"{theirs}.post_attention_layernorm.weight")
-    mlp = _dense_mlp if isinstance(layer.mlp, DenseMlpSpec) else _moe_mlp
-    yield from mlp(native, f"{ours}.mlp", f"{theirs}.mlp")
+    if isinstance(layer.mlp, DenseMlpSpec):
+        yield from _dense_mlp(native, f"{ours}.mlp", f"{theirs}.mlp")
+    else:
+        yield from _moe_mlp(layer.mlp, native, f"{ours}.mlp", f"{theirs}.{names.block}", names)
 
 
 def _whole(native: Mapping[str, Tensor], ours: str, theirs: str) -> View:
@@ -231,11 +258,17 @@ def _dense_mlp(native: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator
     yield _whole(native, f"{ours}.down", f"{theirs}.down_proj.weight")
 
 
-def _moe_mlp(native: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator[View]:
-    yield _whole(native, f"{ours}.router", f"{theirs}.gate.weight")
+def _moe_mlp(
+    moe: MoeSpec, native: Mapping[str, Tensor], ours: str, theirs: str, names: MoeNames
+) -> Iterator[View]:
+    yield _whole(native, f"{ours}.router", f"{theirs}.{names.router}")
+    if moe.correction_bias:
+        yield _whole(native, f"{ours}.correction_bias", f"{theirs}.{names.correction_bias}")
     for expert, gate_up in enumerate(native[f"{ours}.gate_up"]):
         gate, up = gate_up.chunk(2)
-        yield f"{ours}.gate_up", f"{theirs}.experts.{expert}.gate_proj.weight", gate
-        yield f"{ours}.gate_up", f"{theirs}.experts.{expert}.up_proj.weight", up
+        yield f"{ours}.gate_up", f"{theirs}.experts.{expert}.{names.gate}.weight", gate
+        yield f"{ours}.gate_up", f"{theirs}.experts.{expert}.{names.up}.weight", up
     for expert, down in enumerate(native[f"{ours}.down"]):
-        yield f"{ours}.down", f"{theirs}.experts.{expert}.down_proj.weight", down
+        yield f"{ours}.down", f"{theirs}.experts.{expert}.{names.down}.weight", down
+    if moe.shared_size:
+        yield from _dense_mlp(native, f"{ours}.shared", f"{theirs}.{names.shared}")

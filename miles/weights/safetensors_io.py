@@ -33,12 +33,12 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, file.get_tensor(name)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> int:
-    """Write tensors, each converted to `dtype` when given; return the size of the file in bytes.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
+    """Write tensors as they are; return the size of the file in bytes.
 
     Wide dtypes come first, so that every tensor is aligned. The bytes depend on names, values, dtypes only.
     """
-    forms = {name: (tensor.shape, dtype or tensor.dtype) for name, tensor in tensors.items()}
+    forms = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     return stream_tensors(path, forms, tensors.items())
 
 

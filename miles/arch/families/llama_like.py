@@ -20,9 +20,17 @@ MTP_NAMES = MtpNames(
 
 
 def read_attention(
-    config: HfConfig, head_dim: int | None, *, qkv_bias: bool, output_bias: bool, qk_norm: bool
+    config: HfConfig,
+    head_dim: int | None,
+    *,
+    qkv_bias: bool,
+    output_bias: bool,
+    qk_norm: bool,
+    rotated: float = 1.0,
 ) -> AttentionSpec:
-    """Heads, rotation and biases. `head_dim`: where config.json names none; None: hidden_size / heads."""
+    """Heads, rotation and biases. `head_dim`, `rotated` (the part of a head that is rotated): where
+    config.json names none; None: hidden_size / heads.
+    """
     num_heads = config.count("num_attention_heads")
     num_kv_heads = config.count("num_key_value_heads", default=num_heads)
     head_dim = config.count("head_dim", default=head_dim or config.count("hidden_size") // num_heads)
@@ -34,10 +42,17 @@ def read_attention(
         config.problem(f"head_dim = {head_dim} is odd: rotary embedding rotates pairs")
     config.refuse("hidden_act", supported="silu", default="silu")
     config.refuse("use_sliding_window", supported=False, default=False)
-    return AttentionSpec(num_heads, num_kv_heads, head_dim, config.rope(), qkv_bias, output_bias, qk_norm)
+    rope = config.rope(head_dim, rotated)
+    return AttentionSpec(num_heads, num_kv_heads, head_dim, rope, qkv_bias, output_bias, qk_norm)
 
 
-def make_spec(config: HfConfig, family: str, architecture: str, layers: tuple[LayerSpec, ...]) -> ArchSpec:
+def make_spec(
+    config: HfConfig,
+    family: str,
+    architecture: str,
+    layers: tuple[LayerSpec, ...],
+    shared_mtp_projection: bool = True,
+) -> ArchSpec:
     """The fields around the layers. Raises what `config` collected."""
     bos = config.token_ids("bos_token_id")
     spec = ArchSpec(
@@ -53,16 +68,16 @@ def make_spec(config: HfConfig, family: str, architecture: str, layers: tuple[La
         bos_token_id=bos[0] if bos else None,
         dtype=config.dtype() or "fp32",
         initializer_range=config.number("initializer_range", default=0.02),
-        mtp=_read_mtp(config, layers[-1]),
+        mtp=_read_mtp(config, layers[-1], shared_mtp_projection),
     )
     config.check()
     return spec
 
 
-def _read_mtp(config: HfConfig, layer: LayerSpec) -> MtpSpec | None:
+def _read_mtp(config: HfConfig, layer: LayerSpec, shared_projection: bool) -> MtpSpec | None:
     """MTP layers are shaped like the last decoder layer."""
     depth = config.mtp_num_layers()
-    return MtpSpec((layer,) * depth, shared_projection=True) if depth else None
+    return MtpSpec((layer,) * depth, shared_projection) if depth else None
 
 
 def common_hf_config(spec: ArchSpec) -> dict[str, Any]:
@@ -123,8 +138,8 @@ def attention_tensors(prefix: str, attention: AttentionSpec, hidden_size: int) -
         if attention.qkv_bias:
             yield f"{prefix}.self_attn.{letter}_proj.bias", (width,)
     if attention.qk_norm:
-        yield f"{prefix}.self_attn.q_norm.weight", (attention.head_dim,)
-        yield f"{prefix}.self_attn.k_norm.weight", (attention.head_dim,)
+        yield f"{prefix}.self_attn.q_norm.weight", (attention.q_norm_width,)
+        yield f"{prefix}.self_attn.k_norm.weight", (attention.k_norm_width,)
     yield f"{prefix}.self_attn.o_proj.weight", (hidden_size, attention.query_width)
     if attention.output_bias:
         yield f"{prefix}.self_attn.o_proj.bias", (hidden_size,)

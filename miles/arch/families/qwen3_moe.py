@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from miles.arch.families.llama_like import (
-    MTP_NAMES,
-    attention_tensors,
-    common_hf_config,
-    embedding_tensors,
-    make_spec,
-    swiglu_tensors,
-)
+from miles.arch.families.llama_like import MTP_NAMES, common_hf_config, make_spec
+from miles.arch.families.moe_like import check_experts, moe_layer_tensors, published_tensors
 from miles.arch.families.qwen3 import qwen3_attention_config, read_qwen3_attention
-from miles.arch.family import Family, Shape
+from miles.arch.family import Family
 from miles.arch.hf_config import HfConfig
 from miles.arch.spec import ArchSpec, DenseMlpSpec, LayerSpec, MoeSpec
 
@@ -41,8 +34,7 @@ def _read_moe(config: HfConfig) -> MoeSpec:
         intermediate_size=config.count("moe_intermediate_size"),
         norm_topk_prob=config.flag("norm_topk_prob", default=False),
     )
-    if moe.top_k > moe.num_experts:
-        config.problem(f"num_experts_per_tok = {moe.top_k} exceeds num_experts = {moe.num_experts}")
+    check_experts(config, moe)
     return moe
 
 
@@ -76,28 +68,14 @@ def _to_hf_config(spec: ArchSpec) -> dict[str, Any]:
     return config
 
 
-def _layer_tensors(prefix: str, layer: LayerSpec, hidden_size: int) -> Iterator[tuple[str, Shape]]:
-    yield from attention_tensors(prefix, layer.attention, hidden_size)
-    if isinstance(layer.mlp, DenseMlpSpec):
-        yield from swiglu_tensors(f"{prefix}.mlp", layer.mlp.intermediate_size, hidden_size)
-        return
-    yield f"{prefix}.mlp.gate.weight", (layer.mlp.num_experts, hidden_size)
-    for expert in range(layer.mlp.num_experts):
-        yield from swiglu_tensors(f"{prefix}.mlp.experts.{expert}", layer.mlp.intermediate_size, hidden_size)
-
-
-def _published_tensors(spec: ArchSpec) -> Iterator[tuple[str, Shape]]:
-    yield from embedding_tensors(spec)
-    for index, layer in enumerate(spec.layers):
-        yield from _layer_tensors(f"model.layers.{index}", layer, spec.hidden_size)
-
+_layer_tensors = moe_layer_tensors()
 
 FAMILY = Family(
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
     from_hf_config=_from_hf_config,
     to_hf_config=_to_hf_config,
-    published_tensors=_published_tensors,
+    published_tensors=published_tensors(_layer_tensors),
     layer_tensors=_layer_tensors,
     mtp_names=MTP_NAMES,
     shared_mtp_projection=True,

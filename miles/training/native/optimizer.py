@@ -1,6 +1,7 @@
 """Fused AdamW over a decoder's parameters, with fp32 master weights where the model itself is in bf16.
 
-Gradients of micro-batches add up in fp32. Vectors (norms, biases) are not decayed.
+Gradients of micro-batches add up in fp32. Vectors (norms, biases) are not decayed. Parameters that require no
+gradient (router biases) are never updated; their moments are 0.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ class MasterAdamW:
         self.masters: dict[str, Tensor] = {
             name: p if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()
         }
-        matrices = [m for m in self.masters.values() if m.ndim >= 2]
-        vectors = [m for m in self.masters.values() if m.ndim < 2]
+        trained = [m for name, m in self.masters.items() if parameters[name].requires_grad]
+        matrices = [m for m in trained if m.ndim >= 2]
+        vectors = [m for m in trained if m.ndim < 2]
         self._adam = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": settings.weight_decay},

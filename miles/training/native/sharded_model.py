@@ -46,8 +46,14 @@ def _shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+    # Router biases are few, never rounded, and get no gradient.
+    frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
     unit = fully_shard(
-        module, mesh=parallel.mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+        module,
+        mesh=parallel.mesh,
+        mp_policy=policy,
+        reshard_after_forward=reshard_after_forward,
+        ignored_params=frozen,
     )
     assert isinstance(unit, FSDPModule)
     # FSDP averages over ranks by default. Token weights span the whole step here, so gradients are summed.

@@ -1,4 +1,5 @@
-"""Tensors cut along their first dimension over the ranks (FSDP2's DTensors), under published names.
+"""Tensors cut along their first dimension over the ranks (FSDP2's DTensors), under published names. Router
+biases are whole on every rank.
 
 Leaving, one native tensor is gathered at a time. Arriving, each rank takes its own rows of every published
 tensor and exchanges nothing: a published tensor is a contiguous piece of a native one, and so is a shard.
@@ -84,6 +85,8 @@ class ShardedTensors:
 
     def _place(self, shard: Tensor, offset: int, shape: torch.Size) -> _Place:
         """Where elements offset .. offset + numel of the flat whole tensor lie in this rank's flat shard."""
+        if not isinstance(shard, DTensor):
+            return _Place(shape, 0, shape.numel(), shard.detach().view(-1))
         local = _local(shard)
         row = math.prod(shard.shape[1:])
         rows_per_rank = -(-shard.shape[0] // self._parallel.size)
@@ -110,9 +113,10 @@ class _Gathering(Mapping[str, Tensor]):
         self._native, self._dtype = native, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        shard = self._native[name].detach()
-        assert isinstance(shard, DTensor)
-        return (shard if self._dtype is None else shard.to(self._dtype)).full_tensor()
+        held = self._native[name].detach()
+        if not isinstance(held, DTensor):
+            return held
+        return (held if self._dtype is None else held.to(self._dtype)).full_tensor()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._native)
@@ -122,5 +126,5 @@ class _Gathering(Mapping[str, Tensor]):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    assert isinstance(tensor, DTensor)
-    return tensor.detach().to_local()
+    """This rank's part; the whole of a tensor that is not cut."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()

@@ -15,6 +15,7 @@ from torch import Tensor
 from miles.arch.spec import ArchSpec
 from miles.models.decoder import Decoder
 from miles.models.mtp import MtpDraft
+from miles.weights.hf import stored_dtype
 from miles.weights.native_map import load_views, published_views
 
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -39,7 +40,8 @@ class TensorLayout(Protocol):
         dtype: torch.dtype | None = None,
         everywhere: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Whole detached tensors under published names, converted to `dtype` when given.
+        """Whole detached tensors under published names, converted to `dtype` when given (router biases are
+        fp32).
 
         On ranks other than the first it is empty unless `everywhere` is set, but must still be iterated to
         its end.
@@ -79,7 +81,7 @@ class WholeTensors:
         everywhere: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
         for name, view in published_views(spec, _detached(native)):
-            yield name, view if dtype is None else view.to(dtype)
+            yield name, view if dtype is None else view.to(stored_dtype(name, dtype))
 
     def load(self, spec: ArchSpec, native: Mapping[str, Tensor], items: NamedTensors, where: str) -> None:
         load_views(spec, _detached(native), items, where)

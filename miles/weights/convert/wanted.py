@@ -8,13 +8,11 @@ from typing import Literal
 from miles.arch import ArchSpec, Dtype
 from miles.arch.precision import NumberFormat, PrecisionPolicy, precision_policy
 from miles.arch.stored_weights import StoredWeight
+from miles.arch.tensor_roles import is_fp32_buffer
 from miles.weights.hf import MAX_SHARD_BYTES
 
 Layout = Literal["hf", "dcp", "native"]
 """Safetensors as Hugging Face publishes them, torch's distributed checkpoint, or a step of a native run."""
-
-FP32_BUFFERS = "e_score_correction_bias"
-"""Router biases are published in fp32 beside bf16 weights: they are compared, not multiplied."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Wanted:
         stored = policy.storage(weight.name)
         if not stored.is_plain:
             return stored
-        if weight.name.endswith(FP32_BUFFERS) and held.is_plain:
+        if is_fp32_buffer(weight.name) and held.is_plain:
             return held
         if self.is_quantised and self.plain is None and held.is_plain:
             return held

@@ -101,10 +101,10 @@ def test_attention_that_depends_on_the_width_is_refused(monkeypatch: pytest.Monk
 
 
 def test_a_row_operation_that_depends_on_the_batch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def softmax_over_columns(self, x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+    def softmax_over_columns(self, x: torch.Tensor, router: torch.Tensor, scoring: str) -> torch.Tensor:
         return torch.softmax(torch.mm(router, x.t()).float(), 0).t()
 
-    monkeypatch.setattr(numerics.ExactNumerics, "router_probs", softmax_over_columns)
+    monkeypatch.setattr(numerics.ExactNumerics, "router_scores", softmax_over_columns)
     with pytest.raises(PreflightRefused, match="a block of experts of width 64"):
         find_exact_numerics(QUICKSTART, torch.float32)
 

@@ -9,7 +9,7 @@ import pytest
 from miles.arch import published_tensors, with_mtp
 from miles.arch.precision import FormatName, NumberFormat, PrecisionPolicy, precision_policy
 from miles.arch.specs import shipped_names, shipped_spec
-from miles.arch.tensor_roles import decoder_layer, role_of
+from miles.arch.tensor_roles import decoder_layer, is_fp32_buffer, role_of
 
 LAYER = "model.layers.3"
 ROLES = {
@@ -74,7 +74,8 @@ def test_eight_bits_take_all_projections_and_four_bits_the_experts() -> None:
 
 def test_a_plain_format_takes_every_tensor_and_a_quantised_one_leaves_the_rest_to_the_trainers() -> None:
     plain = PrecisionPolicy(NumberFormat("bf16"))
-    assert {plain.storage(name).name for name in ROLES} == {"bf16"}
+    assert {plain.storage(name).name for name in ROLES if not is_fp32_buffer(name)} == {"bf16"}
+    assert plain.storage(f"{LAYER}.mlp.gate.e_score_correction_bias").name == "fp32"
     mixed = PrecisionPolicy(NumberFormat("fp8"), plain="bf16")
     assert mixed.storage("lm_head.weight").name == "bf16"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from miles.arch import spec_from_hf_config
 from miles.models.attention import PackedAttention
 from miles.models.decoder import Decoder
 from miles.models.routing import Router
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 TINY_MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from miles.arch.spec import MoeSpec
 from miles.models.decoder import Decoder
 from miles.models.routing import Router, expert_load
 
@@ -123,7 +124,7 @@ def test_recompute_in_backward_uses_the_same_experts_and_gives_the_same_gradient
 
 def test_recompute_of_a_deciding_router_asks_it_once_per_layer() -> None:
     router = Router.decide()
-    spec = type("Spec", (), {"top_k": 1, "norm_topk_prob": False})()
+    spec = MoeSpec(2, top_k=1, intermediate_size=1, norm_topk_prob=False)
     first, _ = router.select(0, torch.tensor([[0.6, 0.4]]), spec)
     again, weights = router.select(0, torch.tensor([[0.4, 0.6]]), spec)
     assert first.tolist() == again.tolist() == [[0]]
@@ -165,7 +166,7 @@ def test_expert_load_counts_dispatched_tokens() -> None:
 
 
 def test_load_balancing_loss_is_top_k_when_balanced_and_grows_with_imbalance() -> None:
-    spec = type("Spec", (), {"top_k": 2, "norm_topk_prob": True})()
+    spec = MoeSpec(4, top_k=2, intermediate_size=1, norm_topk_prob=True)
     balanced = Router.decide(load_balancing=True)
     eye = torch.eye(4) + torch.eye(4).roll(1, 0)
     balanced.select(0, (eye + 1e-3) / (eye + 1e-3).sum(-1, keepdim=True), spec)
