@@ -21,19 +21,20 @@ from miles.arch.spec import Llama3Scaling, RopeSpec
 @lru_cache(maxsize=8)
 def rotations(rope: RopeSpec, width: int, num_positions: int, device: torch.device) -> Tensor:
     """exp(i · position · frequency), complex64 [num_positions, width / 2]; shared by all who ask alike."""
-    angles = _angles(rope, width, num_positions, device)
-    return torch.polar(torch.ones_like(angles), angles)
+    turns = angles(rope, width, num_positions, device)
+    return torch.polar(torch.ones_like(turns), turns)
 
 
 @lru_cache(maxsize=8)
 def half_rotations(rope: RopeSpec, width: int, num_positions: int, device: torch.device) -> Tensor:
     """fp32 [num_positions, 2, width]: (cos, cos), and (-sin, sin) for the other half."""
-    angles = _angles(rope, width, num_positions, device)
-    cos, sin = angles.cos(), angles.sin()
+    turns = angles(rope, width, num_positions, device)
+    cos, sin = turns.cos(), turns.sin()
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
 
 
-def _angles(rope: RopeSpec, width: int, num_positions: int, device: torch.device) -> Tensor:
+def angles(rope: RopeSpec, width: int, num_positions: int, device: torch.device) -> Tensor:
+    """fp32 [num_positions, width / 2], radians: how far each pair turns at each position."""
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     frequencies = 1.0 / rope.theta**exponents
     if rope.scaling is not None:

@@ -1,0 +1,1 @@
+"""The trainer on megatron-core: the native one's protocol and losses, in any parallel layout."""

@@ -1,0 +1,100 @@
+"""Attention over packed sequences in megatron-core's own layers, whose DotProductAttention refuses them.
+
+A forward gives its layers one `PackedRows`. Transformer Engine reads Megatron's fields of it; the local
+layers rotate every row by its own angle and attend with the object that the native decoder would use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch import Tensor
+
+from miles.arch.spec import ArchSpec, LayerSpec
+from miles.models.attention import Attention
+from miles.models.numerics import FAST
+from miles.models.segment_attention import SegmentAttention, pays_in_segments
+from miles.training.megatron.layout import MegatronLayout
+from miles.training.native.micro_batches import MicroBatch
+
+
+@dataclass
+class PackedRows(PackedSeqParams):
+    """The rows of a micro-batch as Megatron's layers take them.
+
+    `tokens_1T` int64 [1, T], with `padding` rows at the end that make T a multiple of the tensor-parallel
+    size. `angles_at` int64: the positions whose angles the rotation reads.
+    """
+
+    attention: Attention | None = None
+    tokens_1T: Tensor | None = None
+    positions_1T: Tensor | None = None
+    angles_at: Tensor | None = None
+    padding: int = 0
+    layers: tuple[LayerSpec, ...] = ()
+
+
+def packed_rows(micro_batch: MicroBatch, layout: MegatronLayout, spec: ArchSpec) -> PackedRows:
+    """What the layers read of a micro-batch; its padding rows are a sequence of their own."""
+    tokens_T, positions_T = micro_batch.tokens_T, micro_batch.positions_T
+    padding = -len(tokens_T) % layout.tp if layout.sequence_parallel else 0
+    cu_seqlens = micro_batch.cu_seqlens_N1
+    if padding:
+        assert micro_batch.shared is None, "shared prompts are not padded"
+        places = torch.arange(padding, device=tokens_T.device)
+        tokens_T, positions_T = torch.cat([tokens_T, places * 0]), torch.cat([positions_T, places])
+        cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:] + padding])
+    rows = PackedRows(
+        qkv_format="thd",
+        tokens_1T=tokens_T.unsqueeze(0),
+        positions_1T=positions_T.unsqueeze(0),
+        padding=padding,
+        layers=spec.layers,
+    )
+    if layout.implementation == "transformer_engine":
+        longest = int(cu_seqlens.diff().max())
+        rows.cu_seqlens_q = rows.cu_seqlens_kv = cu_seqlens.int()
+        rows.max_seqlen_q = rows.max_seqlen_kv = longest
+        rows.angles_at = torch.arange(longest, device=tokens_T.device)
+        return rows
+    # Seen by the rotation as one sequence whose angles are given row by row.
+    whole = torch.tensor([0, len(tokens_T)], dtype=torch.int32, device=tokens_T.device)
+    rows.cu_seqlens_q = rows.cu_seqlens_kv = whole
+    rows.max_seqlen_q = rows.max_seqlen_kv = len(tokens_T)
+    rows.angles_at = positions_T
+    rows.attention = _attention(micro_batch, cu_seqlens)
+    return rows
+
+
+def _attention(micro_batch: MicroBatch, cu_seqlens: Tensor) -> Attention:
+    if micro_batch.shared is not None:
+        return micro_batch.shared.attention(FAST, cu_seqlens.device)
+    if pays_in_segments(cu_seqlens):
+        return SegmentAttention(cu_seqlens.numpy())
+    return FAST.packed_attention(cu_seqlens)
+
+
+class PackedDotProductAttention(DotProductAttention):
+    """Causal attention within each sequence: query [T, H, d], key and value [T, G, d] of this rank's heads,
+    rotated -> [T, H d].
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedRows | None = None,
+    ) -> Tensor:
+        assert packed_seq_params is not None and packed_seq_params.attention is not None
+        assert attention_mask is None and attention_bias is None, "packed sequences need neither"
+        layer = self.layer_number - 1
+        spec = packed_seq_params.layers[layer].attention
+        return packed_seq_params.attention.attend(layer, query, key, value, spec)

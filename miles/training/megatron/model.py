@@ -1,0 +1,123 @@
+"""The model of a Megatron trainer: this rank's chunks of a GPTModel whose head is left to the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from miles.arch.spec import ArchSpec, RopeSpec
+from miles.models.rotary import angles
+from miles.training.megatron.attention import PackedDotProductAttention, PackedRows
+from miles.training.megatron.layout import MegatronLayout
+from miles.training.megatron.routes import RouteBook
+
+
+class PolicyModel(GPTModel):
+    """One pipeline stage. It ends with final hidden states: only trained rows pass the head (`head`)."""
+
+    def __init__(self, spec: ArchSpec, layout: MegatronLayout, **options: Any) -> None:
+        super().__init__(**options)
+        self.spec = spec
+        self.valid_vocab = spec.vocab_size
+        self.routes = RouteBook(self.decoder, recomputes=self.config.recompute_granularity is not None)
+        for buffer in (self.embedding.word_embeddings.weight,) if self.pre_process else ():
+            buffer.data[:] = 0  # the rows that pad the vocabulary
+        if self.post_process and self.output_layer.weight is not None:
+            self.output_layer.weight.data[:] = 0
+
+    def forward(self, rows: PackedRows) -> Tensor:
+        """Hidden states [t, 1, D] of this stage; t is T, or this rank's share with sequence parallelism."""
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=rows.tokens_1T, position_ids=rows.positions_1T)
+        attention = self.spec.layers[0].attention
+        assert rows.angles_at is not None
+        output: Tensor = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=rotation_angles(attention.rope, attention.rotary_width, rows.angles_at),
+            packed_seq_params=rows,
+        )
+        return output
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V / tp, D]: this rank's rows of the head."""
+        weight = self.shared_embedding_or_output_weight() if self._tied else self.output_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def _tied(self) -> bool:
+        return bool(self.share_embeddings_and_output_weights)
+
+
+def rotation_angles(rope: RopeSpec, width: int, positions: Tensor) -> Tensor:
+    """fp32 [n, 1, 1, width] as Megatron's rotation takes them: the angles of both halves."""
+    table = angles(rope, width, int(positions.max()) + 1, positions.device)
+    rows = table.index_select(0, positions)
+    return torch.cat((rows, rows), -1)[:, None, None, :]
+
+
+def build_chunks(
+    spec: ArchSpec, layout: MegatronLayout, config: TransformerConfig, device: torch.device
+) -> list[PolicyModel]:
+    """The chunks of this rank: one, or several where the pipeline is interleaved."""
+    stages = layout.virtual_stages(spec.num_layers)
+    return [
+        _build(spec, layout, config, None if stages is None else stage).to(device)
+        for stage in range(stages or 1)
+    ]
+
+
+def _build(
+    spec: ArchSpec, layout: MegatronLayout, config: TransformerConfig, vp_stage: int | None
+) -> PolicyModel:
+    return PolicyModel(
+        spec,
+        layout,
+        config=config,
+        transformer_layer_spec=_layer_specs(spec, layout, config, vp_stage),
+        vocab_size=layout.padded_vocab_size(spec.vocab_size),
+        max_sequence_length=spec.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=spec.tie_word_embeddings,
+        position_embedding_type="none",
+        vp_stage=vp_stage,
+    )
+
+
+class BiasedRowParallelLinear(RowParallelLinear):
+    """An output projection with a bias; Megatron's configuration only has one for all matrices of a layer."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options | {"bias": True})
+
+
+def _layer_specs(
+    spec: ArchSpec, layout: MegatronLayout, config: TransformerConfig, vp_stage: int | None
+) -> ModuleSpec:
+    """The layers of a stage: Transformer Engine's, or Megatron's own with an attention that takes packed
+    sequences.
+    """
+    engine = layout.implementation == "transformer_engine"
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=engine, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    for layer in block.layer_specs:
+        attention = layer.submodules.self_attention.submodules
+        if not engine:
+            attention.core_attention = PackedDotProductAttention
+        if spec.layers[0].attention.output_bias:
+            attention.linear_proj = BiasedRowParallelLinear
+    return block

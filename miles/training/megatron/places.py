@@ -1,0 +1,193 @@
+"""Megatron's parameters as pieces of published tensors, whichever way the layout cuts them.
+
+A local parameter consists of `Piece`s, each a contiguous range along one dimension of one published tensor:
+attention fuses queries, keys and values group by group, SwiGLU stacks gate over up, tensor parallelism takes
+a range of rows or columns, expert parallelism a range of experts, pipeline stages a range of layers. The same
+map serves weights, gradients and moments, since it depends on names and shapes alone.
+
+Legend: g query groups of this rank, n queries of a group, D head width, H hidden size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron.core import parallel_state
+from torch import Tensor
+
+from miles.arch.spec import ArchSpec, MoeSpec
+from miles.training.megatron.model import PolicyModel
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`length` rows (or columns, `dim` 1) from `start` on of published tensor `name`. `view` takes them out
+    of a tensor of the parameter's shape; it may have more dimensions than the range, in the same order.
+    """
+
+    name: str
+    dim: int
+    start: int
+    length: int
+    view: Callable[[Tensor], Tensor]
+
+    def range_of(self, published: Tensor) -> Tensor:
+        """This piece of a whole published tensor, a view."""
+        return published.narrow(self.dim, self.start, self.length)
+
+    def store(self, published: Tensor, local: Tensor) -> None:
+        """Copy this piece of a published tensor into its place in a local one."""
+        view = self.view(local)
+        view.copy_(self.range_of(published).reshape(view.shape))
+
+    def give(self, local: Tensor, published: Tensor) -> None:
+        """Copy this piece of a local tensor into its place in a published one."""
+        target = self.range_of(published)
+        target.copy_(self.view(local).reshape(target.shape))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's place in the dimensions that cut tensors."""
+
+    tp: int
+    tp_size: int
+    etp: int
+    etp_size: int
+    ep: int
+    ep_size: int
+    writes_dense: bool
+    """Whether this rank is the one of its data-parallel copies that hands out dense parameters."""
+    writes_experts: bool
+
+    @classmethod
+    def current(cls) -> Shard:
+        return cls(
+            tp=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            etp=parallel_state.get_expert_tensor_parallel_rank(),
+            etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+            ep=parallel_state.get_expert_model_parallel_rank(),
+            ep_size=parallel_state.get_expert_model_parallel_world_size(),
+            writes_dense=parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
+            writes_experts=parallel_state.get_expert_data_parallel_rank() == 0,
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter of this rank, its pieces, and whether this rank is the one that hands them out."""
+
+    parameter: str
+    pieces: tuple[Piece, ...]
+    writes: bool
+
+
+def places(model: PolicyModel, spec: ArchSpec, shard: Shard) -> Iterator[Place]:
+    """Every parameter of a chunk, by its name in the chunk."""
+    layers = {str(index): layer.layer_number - 1 for index, layer in enumerate(model.decoder.layers)}
+    for name, parameter in model.named_parameters():
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+        if match is None:
+            yield _outside_layers(name, parameter, spec, shard)
+        else:
+            yield _in_layer(name, match[2], layers[match[1]], parameter, spec, shard)
+
+
+def _outside_layers(name: str, parameter: Tensor, spec: ArchSpec, shard: Shard) -> Place:
+    if name == "decoder.final_layernorm.weight":
+        return _replicated(name, "model.norm.weight", parameter, shard)
+    assert name in ("embedding.word_embeddings.weight", "output_layer.weight"), f"no place for {name}"
+    head = name == "output_layer.weight"
+    theirs = "lm_head.weight" if head and not spec.tie_word_embeddings else "model.embed_tokens.weight"
+    start = min(shard.tp * parameter.shape[0], spec.vocab_size)
+    valid = min(parameter.shape[0], spec.vocab_size - start)
+    piece = Piece(theirs, 0, start, valid, lambda local: local[:valid])
+    # The head of a tied model in a pipeline is a copy of the first stage's embedding.
+    copy = head and spec.tie_word_embeddings
+    return Place(name, (piece,), shard.writes_dense and not copy)
+
+
+def _in_layer(name: str, local: str, layer: int, parameter: Tensor, spec: ArchSpec, shard: Shard) -> Place:
+    prefix = f"model.layers.{layer}"
+    if local in _NORMS:
+        theirs = _NORMS[local]
+        return _replicated(name, f"{prefix}.{theirs}", parameter, shard)
+    if local.startswith("self_attention.linear_qkv."):
+        kind = local.rpartition(".")[2]
+        return Place(name, tuple(_qkv(f"{prefix}.self_attn", kind, layer, spec, shard)), shard.writes_dense)
+    if local == "self_attention.linear_proj.weight":
+        piece = _columns(f"{prefix}.self_attn.o_proj.weight", parameter, shard.tp)
+        return Place(name, (piece,), shard.writes_dense)
+    if local == "self_attention.linear_proj.bias":
+        return _replicated(name, f"{prefix}.self_attn.o_proj.bias", parameter, shard)
+    expert = _expert(local)
+    if expert is not None:
+        matrix, number = expert
+        moe = spec.layers[layer].mlp
+        assert isinstance(moe, MoeSpec)
+        number += shard.ep * moe.num_experts // shard.ep_size
+        block = f"{prefix}.mlp.experts.{number}"
+        return Place(name, _mlp(block, matrix, parameter, shard.etp), shard.writes_experts)
+    assert local in ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight"), f"no place for {name}"
+    matrix = local.split(".")[1]
+    return Place(name, _mlp(f"{prefix}.mlp", matrix, parameter, shard.tp), shard.writes_dense)
+
+
+_NORMS = {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+    "mlp.router.weight": "mlp.gate.weight",
+}
+"""Parameters that every tensor-parallel rank has whole: Megatron's own layers and Transformer Engine's."""
+
+
+def _replicated(name: str, theirs: str, parameter: Tensor, shard: Shard) -> Place:
+    piece = Piece(theirs, 0, 0, parameter.shape[0], lambda local: local)
+    return Place(name, (piece,), shard.writes_dense and shard.tp == 0)
+
+
+def _qkv(prefix: str, kind: str, layer: int, spec: ArchSpec, shard: Shard) -> Iterator[Piece]:
+    """linear_qkv holds, group by group, n query heads, a key head and a value head."""
+    attention = spec.layers[layer].attention
+    groups, queries = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads
+    own, first, width = groups // shard.tp_size, groups // shard.tp_size * shard.tp, attention.head_dim
+    heads = {"q": slice(0, queries), "k": slice(queries, queries + 1), "v": slice(queries + 1, queries + 2)}
+    for letter, chosen in heads.items():
+        rows = (chosen.stop - chosen.start) * width
+
+        def view(local: Tensor, chosen: slice = chosen) -> Tensor:
+            return local.view(own, queries + 2, width, *local.shape[1:])[:, chosen]
+
+        yield Piece(f"{prefix}.{letter}_proj.{kind}", 0, first * rows, own * rows, view)
+
+
+def _columns(theirs: str, parameter: Tensor, rank: int) -> Piece:
+    width = parameter.shape[1]
+    return Piece(theirs, 1, rank * width, width, lambda local: local)
+
+
+def _mlp(prefix: str, matrix: str, parameter: Tensor, rank: int) -> tuple[Piece, ...]:
+    """linear_fc1 is this rank's rows of gate over those of up; linear_fc2 its columns of down."""
+    if matrix == "linear_fc2":
+        return (_columns(f"{prefix}.down_proj.weight", parameter, rank),)
+    rows = parameter.shape[0] // 2
+    return (
+        Piece(f"{prefix}.gate_proj.weight", 0, rank * rows, rows, lambda local: local[:rows]),
+        Piece(f"{prefix}.up_proj.weight", 0, rank * rows, rows, lambda local: local[rows:]),
+    )
+
+
+def _expert(local: str) -> tuple[str, int] | None:
+    """(matrix, number among this rank's experts): Megatron's sequential experts and Transformer Engine's."""
+    match = re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight", local)
+    if match:
+        return match[2], int(match[1])
+    match = re.fullmatch(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)", local)
+    return (match[1], int(match[2])) if match else None

@@ -1,0 +1,135 @@
+"""Tensors of all ranks under published names: weights in, and weights, gradients and moments out.
+
+Arriving, each rank takes its pieces of every published tensor and exchanges nothing. Leaving, published
+tensors are gathered in buckets of bounded size: every byte is given by exactly one rank and added to zeros
+of the others, as whole numbers, so that no bit changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from miles.arch import ArchSpec, published_tensors
+from miles.arch.family import Shape
+from miles.training.megatron.model import PolicyModel
+from miles.training.megatron.places import Piece, Shard, places
+from miles.weights.native_map import load_each
+
+BUCKET_BYTES = 256 << 20
+"""Of published tensors that are gathered at once; a larger tensor is a bucket of its own."""
+
+OfParameter = Callable[[torch.nn.Parameter], Tensor]
+"""The tensor wanted for a parameter, of the parameter's shape: itself, its gradient, a moment."""
+
+
+@dataclass(frozen=True)
+class LocalPiece:
+    """A piece that this rank holds, of which parameter, and whether it is this rank that hands it out."""
+
+    piece: Piece
+    parameter: torch.nn.Parameter
+    writes: bool
+
+
+class MegatronTensors:
+    """The parameters of this rank's chunks under published names."""
+
+    def __init__(self, spec: ArchSpec, chunks: Iterable[PolicyModel], device: torch.device) -> None:
+        self._spec, self._device = spec, device
+        self._shapes: dict[str, Shape] = published_tensors(spec)
+        self._local: dict[str, list[LocalPiece]] = {name: [] for name in self._shapes}
+        shard = Shard.current()
+        for chunk in chunks:
+            parameters = dict(chunk.named_parameters())
+            for place in places(chunk, spec, shard):
+                for piece in place.pieces:
+                    local = LocalPiece(piece, parameters[place.parameter], place.writes)
+                    self._local[piece.name].append(local)
+
+    @torch.no_grad()
+    def load(
+        self, items: Iterable[tuple[str, Tensor]], where: str, of: OfParameter = lambda parameter: parameter
+    ) -> None:
+        """Fill this rank's tensors from whole published ones, in any dtype. Raises CheckpointError."""
+
+        def store(name: str, tensor: Tensor) -> None:
+            for local in self._local[name]:
+                local.piece.store(tensor, of(local.parameter))
+
+        def differs(name: str, tensor: Tensor) -> bool:
+            return any(
+                not torch.equal(
+                    local.piece.view(of(local.parameter)).reshape(-1),
+                    local.piece.range_of(tensor).reshape(-1).to(of(local.parameter)),
+                )
+                for local in self._local[name]
+            )
+
+        shapes = {name: torch.Size(shape) for name, shape in self._shapes.items()}
+        load_each(self._spec, shapes, store, differs, items, where)
+
+    @torch.no_grad()
+    def published(
+        self, dtype: torch.dtype, of: OfParameter = lambda parameter: parameter, everywhere: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Whole detached tensors in `dtype`. Every rank must iterate to the end; only the first is given
+        tensors, or all of them with `everywhere`.
+        """
+        for bucket in self._buckets(dtype):
+            flat = self._gather(bucket, dtype, of, everywhere)
+            if everywhere or dist.get_rank() == 0:
+                yield from self._cut(flat, bucket)
+
+    def set_first_element(self, name: str, value: float, of: OfParameter) -> None:
+        """Overwrite the first element of one published tensor, on the ranks that hold it."""
+        for local in self._local[name]:
+            if local.piece.start == 0:
+                local.piece.view(of(local.parameter))[(0,) * len(self._view_shape(local))] = value
+
+    @property
+    def names(self) -> list[str]:
+        """All published tensors of the model."""
+        return list(self._shapes)
+
+    def _view_shape(self, local: LocalPiece) -> torch.Size:
+        return local.piece.view(local.parameter).shape
+
+    def _buckets(self, dtype: torch.dtype) -> Iterator[list[str]]:
+        bucket: list[str] = []
+        size = 0
+        for name, shape in self._shapes.items():
+            nbytes = torch.Size(shape).numel() * dtype.itemsize
+            if bucket and size + nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(name)
+            size += nbytes
+        yield bucket
+
+    def _gather(self, names: list[str], dtype: torch.dtype, of: OfParameter, everywhere: bool) -> Tensor:
+        total = sum(torch.Size(self._shapes[name]).numel() for name in names)
+        padded = -(-total * dtype.itemsize // 4) * 4 // dtype.itemsize
+        flat = torch.zeros(padded, dtype=dtype, device=self._device)
+        for name, tensor in self._cut(flat, names):
+            for local in self._local[name]:
+                if local.writes:
+                    local.piece.give(of(local.parameter).detach(), tensor)
+        if dist.get_world_size() > 1:
+            words = flat.view(torch.int32)
+            if everywhere:
+                dist.all_reduce(words)
+            else:
+                dist.reduce(words, dst=0)
+        return flat
+
+    def _cut(self, flat: Tensor, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        offset = 0
+        for name in names:
+            shape = torch.Size(self._shapes[name])
+            yield name, flat[offset : offset + shape.numel()].view(shape)
+            offset += shape.numel()

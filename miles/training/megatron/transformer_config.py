@@ -1,0 +1,106 @@
+"""From an ArchSpec to megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from miles.arch.spec import ArchSpec, DenseMlpSpec
+from miles.training.megatron.layout import MegatronLayout
+from miles.training.settings import TrainerSettings
+
+
+def transformer_config(
+    spec: ArchSpec, layout: MegatronLayout, settings: TrainerSettings, dtype: torch.dtype
+) -> TransformerConfig:
+    """The configuration of a model that `layout.require_expressible` lets pass.
+
+    Losses come weighted over the whole optimizer step, so gradients are sums over micro-batches and ranks
+    (`calculate_per_token_loss`). Nothing is initialised: all weights are loaded.
+    """
+    attention = spec.layers[0].attention
+    engine = layout.implementation == "transformer_engine"
+    with warnings.catch_warnings():
+        # It deprecates a default of its own.
+        warnings.simplefilter("ignore", UserWarning)
+        return TransformerConfig(
+            num_layers=spec.num_layers,
+            hidden_size=spec.hidden_size,
+            num_attention_heads=attention.num_heads,
+            num_query_groups=attention.num_kv_heads,
+            kv_channels=attention.head_dim,
+            add_bias_linear=False,
+            add_qkv_bias=attention.qkv_bias,
+            qk_layernorm=attention.qk_norm,
+            normalization="RMSNorm",
+            layernorm_epsilon=spec.rms_norm_eps,
+            gated_linear_unit=True,
+            activation_func=F.silu,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.virtual_stages(spec.num_layers),
+            num_layers_in_first_pipeline_stage=layout.first_stage_layers,
+            num_layers_in_last_pipeline_stage=layout.last_stage_layers,
+            context_parallel_size=layout.cp,
+            sequence_parallel=layout.sequence_parallel,
+            variable_seq_lengths=layout.pp > 1,
+            moe_token_dispatcher_type=layout.dispatcher,
+            overlap_p2p_comm=layout.virtual_stage_layers is not None,
+            batch_p2p_comm=layout.virtual_stage_layers is None,
+            calculate_per_token_loss=True,
+            perform_initialization=False,
+            use_cpu_initialization=not engine,
+            gradient_accumulation_fusion=False,
+            masked_softmax_fusion=False,
+            persist_layer_norm=False,
+            apply_rope_fusion=engine,
+            bias_dropout_fusion=False,
+            **_mlp(spec, layout),
+            **_recompute(spec, settings),
+        )
+
+
+def _mlp(spec: ArchSpec, layout: MegatronLayout) -> dict[str, Any]:
+    dense = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, DenseMlpSpec)]
+    width = dense[0].intermediate_size if dense else 4 * spec.hidden_size
+    moe = spec.moe
+    if moe is None:
+        return {"ffn_hidden_size": width}
+    return {
+        "ffn_hidden_size": width,
+        "num_moe_experts": moe.num_experts,
+        "moe_layer_freq": [int(index in spec.moe_layers) for index in range(spec.num_layers)],
+        "moe_ffn_hidden_size": moe.intermediate_size,
+        "moe_router_topk": moe.top_k,
+        # Normalised probabilities of the chosen are the softmax over their logits alone.
+        "moe_router_pre_softmax": not moe.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_enable_routing_replay": True,
+        "moe_grouped_gemm": layout.implementation == "transformer_engine",
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+    }
+
+
+def _recompute(spec: ArchSpec, settings: TrainerSettings) -> dict[str, Any]:
+    if settings.recompute_num_layers:
+        whole = settings.recompute_num_layers == spec.num_layers
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform" if whole else "block",
+            "recompute_num_layers": 1 if whole else settings.recompute_num_layers,
+        }
+    if settings.recompute_modules:
+        return {"recompute_granularity": "selective", "recompute_modules": sorted(settings.recompute_modules)}
+    return {}

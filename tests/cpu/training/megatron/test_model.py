@@ -1,0 +1,195 @@
+"""Megatron's model: weights in and out bit for bit, and the logits of native decoder and transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from miles.arch import ArchSpec, spec_from_hf_config
+from miles.errors import MilesError
+from miles.models.attention import PackedAttention
+from miles.models.decoder import Decoder
+from miles.models.routing import Router
+from miles.training.megatron.groups import open_groups
+from miles.training.megatron.layout import MegatronLayout, require_expressible
+from miles.training.native.micro_batches import MicroBatch
+from miles.training.settings import TrainerSettings
+from miles.weights.hf import read_hf, write_hf
+from miles.weights.native_map import published_views, to_published
+
+BASE = {
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 512,
+    "rope_theta": 1e4,
+    "initializer_range": 0.3,
+}
+MOE = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 12}
+CASES: dict[str, dict[str, Any]] = {
+    "qwen3, tied": {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3, one kv head, biases": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_key_value_heads": 1,
+        "attention_bias": True,
+    },
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "llama 3.1, slowed rotation": {
+        "architectures": ["LlamaForCausalLM"],
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+        | {"high_freq_factor": 4.0, "original_max_position_embeddings": 16},
+    },
+    "moe, a dense layer, normalised gates": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    }
+    | MOE,
+    "moe, raw gates, tied": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+    }
+    | MOE,
+}
+LENGTHS = (7, 1, 40, 12)
+
+
+def random_decoder(spec: ArchSpec) -> Decoder:
+    """Every parameter random, norms and biases too: a mix-up would show."""
+    decoder = Decoder(spec)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            parameter.normal_(std=0.3, generator=generator).add_(1.0 if "norm" in name else 0.0)
+    return decoder
+
+
+def packed(spec: ArchSpec) -> tuple[list[Tensor], MicroBatch]:
+    sequences = [
+        torch.randint(spec.vocab_size, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS
+    ]
+    rows = torch.arange(sum(LENGTHS))
+    return sequences, MicroBatch(
+        rows_T=rows.numpy(),
+        packed_rows=rows.numpy(),
+        tokens_T=torch.cat(sequences),
+        positions_T=torch.cat([torch.arange(n) for n in LENGTHS]),
+        cu_seqlens_N1=torch.tensor([0, *LENGTHS]).cumsum(0),
+        shared=None,
+        routes_TLK=None,
+        trained_R=rows,
+        trained_rows=rows.numpy(),
+        targets_R=rows,
+        loss_mask_R=rows,
+        sequences_R=None,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_weights_logits_and_gradients(case: dict[str, Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    spec, layout = spec_from_hf_config(BASE | case), MegatronLayout()
+    open_groups(layout, spec.num_layers)
+    from miles.training.megatron.attention import packed_rows
+    from miles.training.megatron.model import build_chunks
+    from miles.training.megatron.tensors import MegatronTensors
+    from miles.training.megatron.transformer_config import transformer_config
+
+    decoder = random_decoder(spec)
+    write_hf(tmp_path / "hf", spec, to_published(decoder))
+    config = transformer_config(spec, layout, TrainerSettings(), torch.float32)
+    chunks = build_chunks(spec, layout, config, torch.device("cpu"))
+    tensors = MegatronTensors(spec, chunks, torch.device("cpu"))
+    tensors.load(read_hf(tmp_path / "hf"), where="hf")
+    gathered, given = dict(tensors.published(torch.float32)), dict(to_published(decoder))
+    assert gathered.keys() == given.keys()
+    assert all(torch.equal(gathered[name], given[name]) for name in given)
+
+    sequences, micro_batch = packed(spec)
+    (model,) = chunks
+    model.routes.announce(None, measure=False, trains=True)
+    logits = model(packed_rows(micro_batch, layout, spec)).squeeze(1) @ model.head_weight.t()
+    attention = PackedAttention(micro_batch.cu_seqlens_N1)
+    native = decoder.logits(
+        decoder(micro_batch.tokens_T, micro_batch.positions_T, attention, Router.decide())
+    )
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", experts_implementation="eager"
+    )
+    expected = torch.cat([reference(tokens[None]).logits[0] for tokens in sequences])
+    assert expected.abs().max() > 1
+    assert (logits - native).abs().max() <= 1e-4
+    assert (logits - expected).abs().max() <= 1e-4
+
+    weighting = torch.randn(native.shape, generator=torch.Generator().manual_seed(1))
+    (native * weighting).sum().backward()
+    (logits * weighting).sum().backward()
+    theirs = dict(
+        published_views(spec, {name: parameter.grad for name, parameter in decoder.named_parameters()})
+    )
+
+    def gradient(parameter: torch.nn.Parameter) -> Tensor:
+        # An expert that no token visits has no gradient at all.
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    for name, grad in tensors.published(torch.float32, of=gradient):
+        assert (grad - theirs[name]).abs().max() <= 1e-4 * theirs[name].abs().max() + 1e-6, name
+
+
+def test_weights_keep_their_bits_in_bf16(tmp_path: Path) -> None:
+    """Minus zero, infinities and NaN included."""
+    spec = spec_from_hf_config(BASE | CASES["moe, a dense layer, normalised gates"])
+    open_groups(MegatronLayout(), spec.num_layers)
+    from miles.training.megatron.model import build_chunks
+    from miles.training.megatron.tensors import MegatronTensors
+    from miles.training.megatron.transformer_config import transformer_config
+
+    given = {name: view.bfloat16() for name, view in to_published(random_decoder(spec))}
+    odd = torch.tensor([-0.0, float("inf"), float("nan"), 1e-40]).bfloat16()
+    for tensor in given.values():
+        tensor.view(-1)[:4] = odd
+    config = transformer_config(spec, MegatronLayout(), TrainerSettings(), torch.bfloat16)
+    chunks = build_chunks(spec, MegatronLayout(), config, torch.device("cpu"))
+    tensors = MegatronTensors(spec, chunks, torch.device("cpu"))
+    tensors.load(given.items(), where="here")
+    for name, tensor in tensors.published(torch.bfloat16):
+        assert torch.equal(tensor.view(torch.int16), given[name].view(torch.int16)), name
+
+
+def test_a_model_with_mtp_layers_is_refused_by_name() -> None:
+    spec = spec_from_hf_config(BASE | CASES["qwen2"] | {"mtp_num_hidden_layers": 1})
+    with pytest.raises(MilesError, match=r"cannot express this model: its MTP layers"):
+        require_expressible(spec)
+
+
+def test_only_megatron_core_sees_a_replaced_torch_and_none_with_a_gpu() -> None:
+    script = """if True:
+        import torch
+        import miles.training.megatron.cpu as cpu
+        from miles.training.megatron.groups import open_groups
+        from miles.training.megatron.layout import MegatronLayout
+        real, torch.cuda.is_available = torch.cuda.is_available, lambda: True
+        cpu.install()
+        assert torch.zeros(1).type() == "torch.FloatTensor"
+        torch.cuda.is_available = real
+        seen = lambda: [torch.zeros, torch.tensor, torch.cuda.Stream, torch.cuda.synchronize]
+        before = seen()
+        open_groups(MegatronLayout(), 2)
+        assert seen() == before
+        from megatron.core.optimizer import optimizer
+        assert optimizer.torch.zeros(1, device="cuda").device == cpu.CPU
+        assert optimizer.torch.zeros(1).type() == "torch.cuda.FloatTensor"
+    """
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
