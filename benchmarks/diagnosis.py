@@ -131,6 +131,7 @@ FAULTS = (
     Fault("routes are lost", ("RT1",), 10, words("--inject-fault", "drop_routes@10")),
     Fault("learning rate 1e-2", ("OP8",), 1, words("--lr", "1e-2")),
     Fault("learning rate 4e-3", ("OP8",), 1, words("--lr", "4e-3")),
+    Fault("learning rate 3e-3", ("OP8", "OP11"), 1, words("--lr", "3e-3")),
     Fault("reward turns to 0", ("OP8", "RO1"), 15, hook(15, "if late: return 0.0")),
     Fault("reward is 0 from the start", ("RO1",), 1, hook(1, "if late: return 0.0")),
     Fault(

@@ -117,8 +117,12 @@ class Thresholds:
     collapse_window: int = 2000
     """How far back the best level is looked for."""
     dead_active_groups: float = 0.25
-    failed_groups: float = 0.5
-    """Share of groups without any success that, when it has doubled, tells a dying policy from a sure one."""
+    failed_groups: float = 0.35
+    """Share of groups without any success that, when it has grown, tells a dying policy from a sure one."""
+    failed_growth: float = 1.5
+    """… this many times what it was,"""
+    failed_growth_share: float = 0.2
+    """… and by this share of all groups."""
     collapse_grad_growth: float = 2.0
     collapse_length_at_cap: float = 0.8
     sudden_death_steps: int = 10

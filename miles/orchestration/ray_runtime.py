@@ -95,7 +95,7 @@ class RayRuntime:
 
 
 def _family(temp_dir: str) -> list[psutil.Process]:
-    """The servers of the runtime that lives in `temp_dir`, and all their descendants: the workers among them."""
+    """The servers of the runtime that lives in `temp_dir`, and their descendants: the workers among them."""
     family: dict[int, psutil.Process] = {}
     for child in psutil.Process().children():
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from miles.diagnosis.finding import Fix, FixKind, Match, Severity, Tier
 from miles.diagnosis.rule import rule
+from miles.diagnosis.rules.overshoot import lost_groups
 from miles.diagnosis.view import RecordView
 
 LENGTH = "rollout/response_len/mean"
@@ -24,7 +25,7 @@ ALL_ONE = "rollout/zero_std/all_one_percentage"
     remedy="filter groups (dynamic sampling), change the mix of data; when nothing ever succeeds, check "
     "the reward",
     source="miles advisory.py (50 %); reward condition from five healthy runs that ended at 57-73 %",
-    thresholds=("zero_std", "all_zero", "no_gain_steps", "mean_steps"),
+    thresholds=("zero_std", "all_zero", "no_gain_steps", "mean_steps", "failed_groups", "failed_growth"),
 )
 def zero_std_groups(view: RecordView) -> Match | None:
     limits = view.thresholds
@@ -33,6 +34,8 @@ def zero_std_groups(view: RecordView) -> Match | None:
         return None
     if view.reward.has_collapsed(limits):
         return None  # OP8 tells it: these groups are what a collapse leaves behind
+    if lost_groups(view) is not None:
+        return None  # OP11 tells it: the policy could solve them before
     zero, one = view.recent_mean(ALL_ZERO) or 0.0, view.recent_mean(ALL_ONE) or 0.0
     evidence = (
         view.evidence(f"{share:.0%} of groups: {zero:.0%} all fail, {one:.0%} all succeed", ZERO_STD),

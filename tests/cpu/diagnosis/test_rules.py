@@ -45,6 +45,7 @@ ROUTES = (
     "route/expert_load_max_over_mean",
 )
 FLAT: Edit = {"rollout/raw_reward": 0.3}
+LOST = "rollout/zero_std/all_zero_percentage"
 GAP = "train/train_rollout_logprob_abs_diff"
 NO_REPLAY = {"alignment": {"use_rollout_routing_replay": False}}
 RAISED_CAP = {"rollout.rollout_max_response_len": 24}
@@ -159,6 +160,8 @@ CASES = (
          patch={"rollout.dynamic_sampling_filter_path": "check_reward_nonzero_std"}),
     Case("RO1", {"rollout/raw_reward": 0.0, "rollout/zero_std/fraction": 1.0,
                  "rollout/zero_std/all_zero_percentage": 1.0}, severity="critical", says="100% all fail"),
+    Case("OP11", {**FLAT, LOST: lambda s: min(0.1 + 0.02 * s, 0.5)}, says="-> 50%",
+         config={"optimizer": {"lr": 3e-3}}, patch={"optimizer.lr": 3e-4}),
     Case("RO2", {"rollout/truncated_ratio": 0.33}, says="33%", patch=RAISED_CAP),
     Case("RO3", {**FLAT, "rollout/response_len/mean": lambda s: 4.0 + 0.1 * s}, says="cap 12"),
     Case("RO4", {"rollout/repetition_frac": 0.02}),
@@ -205,6 +208,10 @@ NEAR_MISSES = (
     Case("OP1", {"train/grad_norm": lambda s: 1.5 if s <= 30 else 4.0}),  # the reward rises all the same
     Case("OP5", {"train/kl_loss": lambda s: 1e-6 * 1.25**s}),  # grows fast, but does not jump
     Case("OP5", {"train/kl_loss": lambda s: 0.04 if s == 50 else 0.001}),  # jumps, and is tiny
+    Case("OP11", {LOST: lambda s: min(0.1 + 0.02 * s, 0.5)}),  # the reward rises all the same
+    Case("OP11", {**FLAT, LOST: 0.6}),  # hard from the start
+    Case("OP11", {**FLAT, LOST: lambda s: 0.3 if s < 20 else 0.4}),  # too little to tell from noise
+    Case("RO1", {**FLAT, "rollout/zero_std/fraction": 0.6, LOST: lambda s: min(0.02 * s, 0.5)}),  # OP11
     Case("RO5", {"eval/sort": lambda s: 0.3 + 0.03 * s, "rollout/raw_reward": lambda s: 0.08 * s}),
     Case("RO7", {"rollout/weight_version/min": lambda s: max(0, s - 4)}),
     Case(
@@ -258,7 +265,7 @@ def test_every_known_symptom_is_a_rule_or_said_to_be_missing() -> None:
     rules, missing = {rule.id for rule in RULES}, {row.id for row in NOT_EVALUATED}
     assert not rules & missing
     assert rules | missing >= FIELD
-    assert rules - FIELD == {"LV1", "LV2", "LV3", "EX1", "DA1", "SY20", "RT8"}, "ours"
+    assert rules - FIELD == {"LV1", "LV2", "LV3", "EX1", "DA1", "SY20", "RT8", "OP11"}, "ours"
 
 
 def test_metrics_that_only_other_systems_record_are_said_to_be_theirs() -> None:
