@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
-from miles.data.sample import Sample
+from miles.data.sample import Sample, validate_samples
 from miles.errors import DataError
 
 ROW_FIELDS = (
@@ -172,29 +173,34 @@ def pack(samples: Sequence[Sample], reward_key: str | None = None) -> TrainBatch
     """
     if not samples:
         raise DataError("no samples to pack", fix="look at the filter and drop counts of this step")
+    validate_samples(samples)
     for sample in samples:
-        sample.validate()
         if sample.num_rows < 1:
             raise DataError(
                 "a sample of fewer than two tokens has no row to train", where=f"sample {sample.index}"
             )
-    lengths = np.array([s.num_rows for s in samples])
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    tokens = [np.asarray(s.tokens, dtype=np.int64) for s in samples]
+    num_rows = np.array([s.num_rows for s in samples])
+    cu_seqlens = np.concatenate([[0], np.cumsum(num_rows)]).astype(np.int32)
+    starts = cu_seqlens[:-1].astype(np.int64)
+    positions = np.arange(cu_seqlens[-1]) - np.repeat(starts, num_rows)
+    # Row t has token t and target t + 1: the last token of a sample is no input, the first one no target.
+    ids = np.fromiter(chain.from_iterable(s.tokens for s in samples), np.int64, int((num_rows + 1).sum()))
+    firsts = starts + np.arange(len(samples))
+    responses = _Responses.of(samples, positions, num_rows)
     batch = TrainBatch(
-        tokens=np.concatenate([t[:-1] for t in tokens]),
-        targets=np.concatenate([t[1:] for t in tokens]),
-        positions=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
+        tokens=np.delete(ids, firsts + num_rows),
+        targets=np.delete(ids, firsts),
+        positions=positions,
         cu_seqlens=cu_seqlens,
-        loss_mask=np.concatenate([_loss_mask_rows(s) for s in samples]),
-        rollout_log_probs=np.concatenate([_log_prob_rows(s) for s in samples]),
+        loss_mask=responses.loss_mask(),
+        rollout_log_probs=responses.log_probs(),
         rewards=np.array([_or_nan(s.reward_value(reward_key)) for s in samples], dtype=np.float32),
         response_lengths=np.array([s.response_length for s in samples], dtype=np.int32),
         sample_index=_ids([s.index for s in samples]),
         group_index=_ids([s.group_index for s in samples]),
         rollout_ids=_ids([s.rollout_id for s in samples]),
         routes=_route_rows(samples),
-        weight_versions=_version_rows(samples),
+        weight_versions=responses.weight_versions(),
     )
     batch.validate()
     return batch
@@ -205,18 +211,56 @@ def response_rows(sample: Sample) -> slice:
     return slice(sample.prompt_length - 1, sample.num_rows)
 
 
-def _loss_mask_rows(sample: Sample) -> np.ndarray:
-    rows = np.zeros(sample.num_rows, dtype=np.float32)
-    if sample.response_length and not sample.remove_sample:
-        rows[response_rows(sample)] = 1.0 if sample.loss_mask is None else sample.loss_mask
-    return rows
+@dataclass(frozen=True)
+class _Responses:
+    """What speaks about response tokens, one sample after another, and the rows whose targets they are."""
+
+    samples: Sequence[Sample]
+    rows_T: np.ndarray
+    """bool [T]."""
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], positions: np.ndarray, num_rows: np.ndarray) -> _Responses:
+        first = np.array([s.prompt_length - 1 for s in samples])
+        return cls(samples, positions >= np.repeat(first, num_rows))
+
+    def loss_mask(self) -> np.ndarray:
+        if all(s.loss_mask is None and not s.remove_sample for s in self.samples):
+            return self.rows_T.astype(np.float32)
+        return self._spread([_loss_mask(s) for s in self.samples], np.zeros(len(self.rows_T), np.float32))
+
+    def log_probs(self) -> np.ndarray:
+        parts = [
+            np.full(s.response_length, np.nan, np.float32)
+            if s.rollout_log_probs is None
+            else s.rollout_log_probs
+            for s in self.samples
+        ]
+        return self._spread(parts, np.full(len(self.rows_T), np.nan, np.float32))
+
+    def weight_versions(self) -> np.ndarray | None:
+        """None when no sample has any."""
+        if not any(s.weight_versions for s in self.samples):
+            return None
+        versions, counts = [], []
+        for sample in self.samples:
+            spans = sample.weight_versions or [(-1, 0)]
+            ends = [*(first for _, first in spans[1:]), sample.response_length]
+            versions += [version for version, _ in spans]
+            counts += [end - first for end, (_, first) in zip(ends, spans, strict=True)]
+        return self._spread([np.repeat(versions, counts)], np.full(len(self.rows_T), -1, np.int64))
+
+    def _spread(self, parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+        rows[self.rows_T] = np.concatenate(parts)
+        return rows
 
 
-def _log_prob_rows(sample: Sample) -> np.ndarray:
-    rows = np.full(sample.num_rows, np.nan, dtype=np.float32)
-    if sample.response_length and sample.rollout_log_probs is not None:
-        rows[response_rows(sample)] = sample.rollout_log_probs
-    return rows
+def _loss_mask(sample: Sample) -> np.ndarray:
+    if sample.remove_sample:
+        return np.zeros(sample.response_length, np.float32)
+    if sample.loss_mask is None:
+        return np.ones(sample.response_length, np.float32)
+    return np.array(sample.loss_mask, np.float32)
 
 
 def _route_rows(samples: Sequence[Sample]) -> np.ndarray | None:
@@ -237,20 +281,6 @@ def _route_rows(samples: Sequence[Sample]) -> np.ndarray | None:
             for s in samples
         ]
     )
-
-
-def _version_rows(samples: Sequence[Sample]) -> np.ndarray | None:
-    if not any(sample.weight_versions for sample in samples):
-        return None
-    return np.concatenate([_versions_of(sample) for sample in samples])
-
-
-def _versions_of(sample: Sample) -> np.ndarray:
-    rows = np.full(sample.num_rows, -1, dtype=np.int64)
-    response = rows[response_rows(sample)] if sample.response_length else rows[:0]
-    for version, first in sample.weight_versions:
-        response[first:] = version
-    return rows
 
 
 def _ids(values: list[int | None]) -> np.ndarray:

@@ -8,6 +8,7 @@ sample is never an input.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from itertools import pairwise, zip_longest
@@ -145,15 +146,32 @@ class Sample:
         return None if value is None else float(value)
 
     def validate(self) -> None:
-        """Raise DataError on the first broken invariant; called wherever a sample changes hands."""
+        """Raise DataError on the first broken invariant; called wherever a sample changes hands, for many at
+        once by `validate_samples`.
+        """
+        self._check_structure()
+        self._check_values()
+
+    def _check_structure(self) -> None:
+        """What needs no look into the arrays."""
         self._check_lengths()
         self._check_status()
         self._check_loss_mask()
-        self._check_log_probs()
+        if self.rollout_log_probs is not None:
+            length = (self.response_length,)
+            _check_array(self, "rollout_log_probs", self.rollout_log_probs, np.float32, length)
         self._check_routes()
         self._check_weight_versions()
         if isinstance(self.reward, float | int) and not math.isfinite(self.reward):
             raise self._broken(f"reward is {self.reward}", "a reward is a finite number or None")
+
+    def _check_values(self) -> None:
+        """What the arrays hold."""
+        if self.rollout_log_probs is not None:
+            self._check_log_probs(self.rollout_log_probs)
+        routes = self.rollout_routed_experts
+        if routes is not None and routes.size and routes.min() < -1:
+            raise self._broken(f"expert id {routes.min()}", "ids start at 0, and -1 means not recorded")
 
     def _name(self) -> str:
         return f"sample {self.index if self.index is not None else '?'} (group {self.group_index})"
@@ -196,11 +214,7 @@ class Sample:
                 "loss_mask holds a value other than 0 and 1", "a token is trained on or it is not"
             )
 
-    def _check_log_probs(self) -> None:
-        log_probs = self.rollout_log_probs
-        if log_probs is None:
-            return
-        _check_array(self, "rollout_log_probs", log_probs, np.float32, (self.response_length,))
+    def _check_log_probs(self, log_probs: np.ndarray) -> None:
         if not log_probs.size or (log_probs.max() <= 0 and log_probs.min() > -np.inf):
             return  # the common case in two passes; a NaN fails both comparisons
         if np.isinf(log_probs).any():
@@ -222,13 +236,11 @@ class Sample:
         if routes.ndim != 3:
             raise self._broken(f"routes have shape {routes.shape}", "routes are [rows, MoE layers, top-k]")
         _check_array(self, "rollout_routed_experts", routes, np.int16, (self.num_rows, *routes.shape[1:]))
-        if routes.size and routes.min() < -1:
-            raise self._broken(f"expert id {routes.min()}", "ids start at 0, and -1 means not recorded")
 
     def _check_weight_versions(self) -> None:
-        starts = [start for _, start in self.weight_versions]
-        if not starts:
+        if not self.weight_versions:
             return
+        starts = [start for _, start in self.weight_versions]
         if starts[0] != 0 or any(b <= a for a, b in pairwise(starts)):
             raise self._broken(f"weight version spans start at {starts}", "spans ascend from token 0")
         if starts[-1] >= max(self.response_length, 1):
@@ -271,6 +283,26 @@ class Sample:
         if values.get("rollout_routed_experts") is not None:
             values["rollout_routed_experts"] = route_codec.from_json(values["rollout_routed_experts"])
         return cls(**values)
+
+
+def validate_samples(samples: Sequence[Sample]) -> None:
+    """`Sample.validate` of each, with one look at the arrays of all of them together."""
+    for sample in samples:
+        sample._check_structure()
+    log_probs = [s.rollout_log_probs for s in samples if s.rollout_log_probs is not None]
+    routes = [s.rollout_routed_experts.ravel() for s in samples if s.rollout_routed_experts is not None]
+    sound = _all_within(log_probs, -np.finfo(np.float32).max, 0) and _all_within(
+        routes, -1, np.iinfo(np.int16).max
+    )
+    if not sound:  # NaN, or a broken sample
+        for sample in samples:
+            sample._check_values()
+
+
+def _all_within(arrays: list[np.ndarray], low: float, high: float) -> bool:
+    """Whether every element lies between the bounds; a NaN does not."""
+    joined = np.concatenate(arrays) if arrays else np.empty(0)
+    return not joined.size or bool(joined.min() >= low and joined.max() <= high)
 
 
 def _check_array(

@@ -9,6 +9,7 @@ those of tool output.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,18 +42,18 @@ def continued(sample: Sample, reading: Reading) -> Sample:
 
     Raises DataError when the routes do not have one row per token but the last, or those of another model.
     """
-    added = len(reading.token_ids)
-    tokens = [*sample.tokens, *reading.token_ids]
-    mask = sample.loss_mask
-    return replace(
-        sample,
-        tokens=tokens,
-        response_length=sample.response_length + added,
-        loss_mask=None if mask is None else [*mask, *[1] * added],
-        rollout_log_probs=np.concatenate([_log_probs(sample), reading.log_probs]),
-        rollout_routed_experts=_merged_routes(sample, reading.routes, len(tokens) - 1),
-        weight_versions=_merged_spans(sample, reading.weight_versions),
+    added, so_far = len(reading.token_ids), sample.response_length
+    grown = copy(sample)
+    grown.tokens = [*sample.tokens, *reading.token_ids]
+    grown.response_length = so_far + added
+    if sample.loss_mask is not None:
+        grown.loss_mask = [*sample.loss_mask, *[1] * added]
+    grown.rollout_log_probs = (
+        np.concatenate([_log_probs(sample), reading.log_probs]) if so_far else reading.log_probs
     )
+    grown.rollout_routed_experts = _merged_routes(sample, reading.routes, len(grown.tokens) - 1)
+    grown.weight_versions = _merged_spans(sample, reading.weight_versions)
+    return grown
 
 
 def with_tool_output(sample: Sample, token_ids: Sequence[int]) -> Sample:

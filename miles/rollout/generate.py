@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from miles.data.sample import Sample, SampleStatus, SpecInfo
+from miles.data.sample import Sample, SampleStatus, SpecInfo, validate_samples
 from miles.data.turns import Reading, continued, without_loss_so_far
 from miles.rollout.engine import (
     FinishReason,
@@ -89,7 +89,8 @@ async def generate_group(
     filled = list(group)
     for (member, sample), request, output in zip(missing.items(), requests, outputs, strict=True):
         limits = {name: getattr(request.sampling, name) for name in ("max_new_tokens", "min_new_tokens")}
-        filled[member] = fill(sample, sampling | limits, output, detokenize)
+        filled[member] = _filled(sample, sampling | limits, output, detokenize)
+    validate_samples([filled[member] for member in missing])
     return filled
 
 
@@ -139,6 +140,14 @@ def request_for(
 
 def fill(sample: Sample, sampling: dict[str, Any], output: GenerateOutput, detokenize: Detokenize) -> Sample:
     """A copy of the sample with the engine's answer behind what it held."""
+    filled = _filled(sample, sampling, output, detokenize)
+    filled.validate()
+    return filled
+
+
+def _filled(
+    sample: Sample, sampling: dict[str, Any], output: GenerateOutput, detokenize: Detokenize
+) -> Sample:
     filled = continued(
         sample,
         Reading(
@@ -155,7 +164,6 @@ def fill(sample: Sample, sampling: dict[str, Any], output: GenerateOutput, detok
         filled.cached_tokens = output.cached_tokens
     if output.spec_info is not None:
         filled.spec_info = (sample.spec_info or SpecInfo()).plus(output.spec_info)
-    filled.validate()
     return filled
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from miles.data.sample import Sample, SampleStatus, SpecInfo
+from miles.data.sample import Sample, SampleStatus, SpecInfo, validate_samples
 from miles.errors import DataError
 
 
@@ -79,6 +79,14 @@ def test_every_broken_invariant_is_named(message: str, changes: dict[str, object
         completed(**changes).validate()
     assert error.value.where == "sample 7 (group 2)"
     assert error.value.why
+
+
+@pytest.mark.parametrize(("message", "changes"), BROKEN, ids=[m for m, _ in BROKEN])
+def test_one_broken_sample_among_sound_ones_is_named(message: str, changes: dict[str, object]) -> None:
+    untouched = Sample(prompt="hello", tokens=[1, 2])
+    validate_samples([completed(), untouched])
+    with pytest.raises(DataError, match=message):
+        validate_samples([completed(), untouched, completed(**changes)])
 
 
 def test_nan_is_the_mark_of_a_token_that_was_not_sampled() -> None:
