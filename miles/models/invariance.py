@@ -100,6 +100,8 @@ class _Probe:
         for mlp in {layer.mlp for layer in spec.layers}:
             yield "swiglu", 2 * mlp.intermediate_size, numerics.swiglu
             if isinstance(mlp, MoeSpec):
+                if mlp.shared_size:
+                    yield "swiglu", 2 * mlp.shared_size, numerics.swiglu
                 yield "a block of experts", spec.hidden_size, self._experts(mlp, numerics)
 
     def _experts(self, moe: MoeSpec, numerics: ExactNumerics) -> RowOperation:
@@ -134,7 +136,7 @@ def _smallest(spec: ArchSpec) -> ArchSpec:
         mlp = layer.mlp
         if isinstance(mlp, MoeSpec):
             experts = min(mlp.num_experts, MOST_EXPERTS)
-            mlp = replace(mlp, num_experts=experts, top_k=min(mlp.top_k, experts))
+            mlp = replace(mlp, num_experts=experts, top_k=min(mlp.top_k, experts), num_groups=1, top_groups=1)
         layers.append(replace(layer, mlp=mlp))
     return replace(spec, layers=tuple(layers), vocab_size=min(spec.vocab_size, 64))
 
@@ -151,6 +153,9 @@ def _matrices(spec: ArchSpec, dtype: torch.dtype) -> Iterator[tuple[Matrices, to
         if isinstance(mlp, MoeSpec):
             yield (gate_up, down), dtype
             yield ((mlp.num_experts, hidden),), torch.float32
+            if mlp.shared_size:
+                yield ((2 * mlp.shared_size, hidden),), dtype
+                yield ((hidden, mlp.shared_size),), dtype
         else:
             yield (gate_up,), dtype
             yield (down,), dtype

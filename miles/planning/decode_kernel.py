@@ -65,7 +65,8 @@ def obstacles(engine: EngineKind, compiler: CompilerFacts | None) -> Iterator[st
     if engine.threads > 1:
         yield f"{engine.threads} threads, the kernel has one"
     if engine.spec is None or engine.spec.family not in FAMILIES:
-        yield "a model family that the kernel does not know"
+        family = "a model" if engine.spec is None else engine.spec.family
+        yield f"{family}, which the kernel does not know"
     if engine.guesses:
         yield "speculative decoding"
     if compiler is None:

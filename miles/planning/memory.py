@@ -139,6 +139,7 @@ def _kept_per_token(spec: ArchSpec, index: int) -> int:
     attention = layer.attention.qkv_width + layer.attention.query_width
     if isinstance(layer.mlp, MoeSpec):
         mlp = layer.mlp.top_k * (3 * layer.mlp.intermediate_size + 2 * spec.hidden_size)
+        mlp += 3 * layer.mlp.shared_size
     else:
         mlp = 3 * layer.mlp.intermediate_size
     return 4 * spec.hidden_size + attention + mlp

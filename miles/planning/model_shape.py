@@ -14,7 +14,7 @@ class ModelShape:
 
     Counts are of the whole model. `query` holds the query and output projections, `small` the norms and
     biases, which every rank holds whole. `attention_width` and `mlp_width` are numbers kept per token for
-    backward in the widest layer.
+    backward in the widest layer. `dense_mlp` includes shared experts.
     """
 
     num_layers: int
@@ -70,6 +70,7 @@ def model_shape(spec: ArchSpec) -> ModelShape:
         if isinstance(layer.mlp, MoeSpec):
             router += layer.mlp.num_experts * width
             experts += layer.mlp.num_experts * 3 * width * layer.mlp.intermediate_size
+            dense_mlp += layer.mlp.shared_parameters(width)
         else:
             dense_mlp += layer.mlp.num_parameters(width)
     head = 0 if spec.tie_word_embeddings else table
@@ -98,5 +99,6 @@ def model_shape(spec: ArchSpec) -> ModelShape:
 
 def _mlp_width(layer: LayerSpec, hidden_size: int) -> int:
     if isinstance(layer.mlp, MoeSpec):
-        return layer.mlp.top_k * (3 * layer.mlp.intermediate_size + 2 * hidden_size)
+        routed = layer.mlp.top_k * (3 * layer.mlp.intermediate_size + 2 * hidden_size)
+        return routed + 3 * layer.mlp.shared_size
     return 3 * layer.mlp.intermediate_size

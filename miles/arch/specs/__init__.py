@@ -33,5 +33,6 @@ def shipped_spec(name: str) -> ArchSpec:
 
 
 def _family_then_size(name: str) -> tuple[str, float]:
-    family, size = re.fullmatch(r"(.+?)-([\d.]+)b(?:-.*)?", name).groups()  # type: ignore[union-attr]
-    return family, float(size)
+    """Some models are known by their name alone: `deepseek-v3`."""
+    found = re.fullmatch(r"(.+?)-([\d.]+)b(?:-.*)?", name)
+    return (found[1], float(found[2])) if found else (name, 0.0)

@@ -47,11 +47,30 @@ def make_spec(
     )
 
 
+def _glm4_moe() -> ArchSpec:
+    """Half of each head rotated; groups of experts, a correction bias, a shared expert, a dense layer."""
+    moe = MoeSpec(8, 2, 24, True, "sigmoid", True, num_groups=4, top_groups=2, routed_scaling=2.5)
+    spec = make_spec(40, (6, 2, 8), replace(moe, shared_size=24), 37)
+    attention = replace(spec.layers[0].attention, rope=RopeSpec(1e4, width=4), qkv_bias=True)
+    layers = (LayerSpec(attention, DenseMlpSpec(48)), *(LayerSpec(attention, one.mlp) for one in spec.layers))
+    return replace(spec, family="glm4_moe", architecture="Glm4MoeForCausalLM", layers=layers)
+
+
+def _minimax_m2() -> ArchSpec:
+    """Norms over the whole width of queries and of keys."""
+    spec = make_spec(48, (4, 2, 12), MoeSpec(6, 2, 16, True, "sigmoid", True), 41)
+    attention = replace(spec.layers[0].attention, rope=RopeSpec(1e4, width=8), qk_norm_over="width")
+    layers = tuple(replace(layer, attention=attention) for layer in spec.layers)
+    return replace(spec, family="minimax_m2", architecture="MiniMaxM2ForCausalLM", layers=layers)
+
+
 SPECS = {
     "the quickstart's experts": make_spec(64, (4, 2, 16), MoeSpec(8, 2, 64, norm_topk_prob=True), 55),
     "odd widths": make_spec(40, (6, 2, 8), MoeSpec(6, 3, 20, norm_topk_prob=True), 37, layers=3),
     "one expert per token": make_spec(32, (4, 4, 8), MoeSpec(4, 1, 24, norm_topk_prob=False), 41),
     "dense": make_spec(64, (4, 1, 16), DenseMlpSpec(96), 55),
+    "glm4_moe": _glm4_moe(),
+    "minimax_m2": _minimax_m2(),
 }
 QUICKSTART = SPECS["the quickstart's experts"]
 

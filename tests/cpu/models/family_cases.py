@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+
+from miles.arch import check_weights, load_spec
+from miles.models.attention import PackedAttention
+from miles.models.decoder import Decoder
+from miles.models.routing import Router
+from miles.weights.hf import read_hf
+from miles.weights.native_map import load_published
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,26 @@ def make_reference(case: FamilyCase) -> nn.Module:
     return model
 
 
+def published_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients of a transformers model under published names: its experts are stacked, and MiniMax's have
+    names of their own.
+    """
+    minimax = type(model).__name__.startswith("MiniMax")
+    gate, up, down = ("w1", "w3", "w2") if minimax else ("gate_proj", "up_proj", "down_proj")
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if minimax:
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        prefix, _, stack = name.partition(".experts.")
+        if not stack:
+            found[name] = parameter.grad
+            continue
+        for expert, grad in enumerate(parameter.grad):
+            parts = zip((gate, up), grad.chunk(2), strict=True) if stack == "gate_up_proj" else [(down, grad)]
+            found |= {f"{prefix}.experts.{expert}.{part}.weight": value for part, value in parts}
+    return found
+
+
 def save_reference(case: FamilyCase, directory: Path) -> nn.Module:
     model = make_reference(case)
     model.save_pretrained(directory)  # type: ignore[operator]
@@ -74,3 +102,24 @@ def save_reference(case: FamilyCase, directory: Path) -> nn.Module:
 
 def load_reference(directory: Path) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager")
+
+
+def load_decoder(directory: Path, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The native decoder of a checkpoint whose weights are those that its config.json promises."""
+    spec = load_spec(directory)
+    check_weights(spec, directory)
+    decoder = Decoder(spec, dtype)
+    load_published(decoder, read_hf(directory))
+    return decoder
+
+
+def sequences(vocab_size: int, lengths: Sequence[int] = (7, 1, 23, 12)) -> list[Tensor]:
+    return [torch.randint(vocab_size, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+
+
+def packed_logits(decoder: Decoder, tokens: Sequence[Tensor], router: Router | None = None) -> Tensor:
+    """Logits [T, V] of packed sequences."""
+    lengths = [len(sequence) for sequence in tokens]
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    attention = PackedAttention(torch.tensor([0, *lengths]).cumsum(0))
+    return decoder.logits(decoder(torch.cat(list(tokens)), positions, attention, router or Router.decide()))

@@ -1,55 +1,129 @@
-"""The mixture-of-experts families against transformers: same weights, same logits, same gradients, same
-files, decoded with a cache as read at once.
+"""The mixture-of-experts families against transformers: same weights, same logits, gradients and routes, and
+the same text when decoded with a cache.
 """
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 import torch
-from family_cases import CASES, FamilyCase, save_reference
-from torch import Tensor
+from family_cases import (
+    CASES,
+    FamilyCase,
+    load_decoder,
+    packed_logits,
+    published_gradients,
+    save_reference,
+    sequences,
+)
+from torch import Tensor, nn
 
-from miles.arch import check_weights, load_spec
-from miles.models.attention import PackedAttention
 from miles.models.decoder import Decoder
 from miles.models.routing import Router
-from miles.weights.hf import read_hf
-from miles.weights.native_map import load_published
-
-LENGTHS = (7, 1, 23, 12)
-
-cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+from miles.rollout.engine import GenerateOutput, GenerateRequest, SamplingParams
+from miles.rollout.native.engine import EngineSettings, NativeEngine
+from miles.weights.native_map import published_views, to_published
 
 
-def load_decoder(directory: Path) -> Decoder:
-    spec = load_spec(directory)
-    check_weights(spec, directory)
-    decoder = Decoder(spec)
-    load_published(decoder, read_hf(directory))
-    return decoder
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request: pytest.FixtureRequest) -> FamilyCase:
+    return request.param
 
 
-def sequences(vocab_size: int) -> list[Tensor]:
-    return [torch.randint(vocab_size, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+@pytest.fixture
+def reference(case: FamilyCase, tmp_path: Path) -> nn.Module:
+    return save_reference(case, tmp_path)
 
 
-def packed(decoder: Decoder, tokens: list[Tensor], router: Router | None = None) -> Tensor:
-    """Logits of packed sequences [T, V]."""
-    lengths = [len(sequence) for sequence in tokens]
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    attention = PackedAttention(torch.tensor([0, *lengths]).cumsum(0))
-    return decoder.logits(decoder(torch.cat(tokens), positions, attention, router or Router.decide()))
+@pytest.fixture
+def decoder(reference: nn.Module, tmp_path: Path) -> Decoder:
+    return load_decoder(tmp_path)
 
 
-@cases
-def test_logits_equal_transformers(case: FamilyCase, tmp_path: Path) -> None:
-    reference = save_reference(case, tmp_path)
-    decoder = load_decoder(tmp_path)
+def generate(decoder: Decoder, prompts: list[list[int]], **sampling: object) -> list[GenerateOutput]:
+    """What an engine with a cache makes of prompts, read in chunks of 8 tokens."""
+    requests = [
+        GenerateRequest(
+            input_ids=prompt, sampling=SamplingParams(max_new_tokens=12, **sampling), sample_key=i
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+    async def run() -> list[GenerateOutput]:
+        engine = NativeEngine(decoder.spec, EngineSettings(max_context_len=64, seed=5, max_prefill_tokens=8))
+        await engine.receive_weights(to_published(decoder), version=0)
+        return await engine.generate(requests)
+
+    return asyncio.run(asyncio.wait_for(run(), timeout=60))
+
+
+def test_logits_and_gradients_equal_transformers(reference: nn.Module, decoder: Decoder) -> None:
     tokens = sequences(decoder.spec.vocab_size)
-    with torch.no_grad():
-        expected = torch.cat([reference(sequence[None]).logits[0] for sequence in tokens])
-        logits = packed(decoder, tokens)
+    expected = torch.cat([reference(sequence[None]).logits[0] for sequence in tokens])
+    logits = packed_logits(decoder, tokens)
     assert expected.abs().max() > 1
     assert (logits - expected).abs().max() <= 1e-4
+
+    weighting = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (expected * weighting).sum().backward()
+    (logits * weighting).sum().backward()
+    wanted = published_gradients(reference)
+    frozen = [name for name, parameter in decoder.named_parameters() if not parameter.requires_grad]
+    assert frozen and all(name.endswith("correction_bias") for name in frozen)
+    assert all(decoder.get_parameter(name).grad is None for name in frozen)
+    native = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in decoder.named_parameters()
+    }
+    for name, grad in published_views(decoder.spec, native):
+        if not name.endswith("e_score_correction_bias"):
+            assert (grad - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max(), name
+
+
+def test_greedy_text_equals_transformers(reference: nn.Module, decoder: Decoder) -> None:
+    prompts = [sequence.tolist() for sequence in sequences(decoder.spec.vocab_size, (11, 3, 20))]
+    for prompt, output in zip(prompts, generate(decoder, prompts, temperature=0.0), strict=True):
+        expected = reference.generate(  # type: ignore[operator]
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=12, min_new_tokens=12, eos_token_id=None
+        )
+        assert output.output_ids == expected[0, len(prompt) :].tolist()
+
+
+def test_sampling_with_a_cache_gives_the_log_probs_and_routes_of_a_full_forward(decoder: Decoder) -> None:
+    prompts = [sequence.tolist() for sequence in sequences(decoder.spec.vocab_size, (11, 3, 20))]
+    for prompt, output in zip(prompts, generate(decoder, prompts), strict=True):
+        text = torch.tensor(prompt + output.output_ids)
+        router = Router.record()
+        with torch.no_grad():
+            logits = packed_logits(decoder, [text[:-1]], router)
+        log_probs = logits.log_softmax(-1).gather(1, text[1:, None])[len(prompt) - 1 :, 0]
+        assert (log_probs - torch.from_numpy(output.log_probs)).abs().max() <= 1e-4
+        assert output.routed_experts is not None
+        assert sorted_ids(torch.from_numpy(output.routed_experts)).equal(sorted_ids(router.recorded()))
+
+
+def sorted_ids(routes: Tensor) -> Tensor:
+    return routes.long().sort(-1).values
+
+
+def test_recorded_routes_are_those_of_transformers_and_replay_steers(
+    reference: nn.Module, decoder: Decoder
+) -> None:
+    tokens = sequences(decoder.spec.vocab_size, (25,))
+    chosen: list[Tensor] = []
+    for module in reference.modules():
+        if type(module).__name__.lower().endswith("topkrouter"):
+            module.register_forward_hook(lambda module, inputs, output: chosen.append(output[2]))
+    recorded, moe = Router.record(), decoder.spec.moe
+    assert moe is not None
+    with torch.no_grad():
+        reference(tokens[0][None])
+        logits = packed_logits(decoder, tokens, recorded)
+        routes = recorded.recorded()
+        assert sorted_ids(routes).equal(sorted_ids(torch.stack(chosen, 1)))
+        assert torch.equal(packed_logits(decoder, tokens, Router.replay(routes)), logits)
+        others = (routes + 1) % moe.num_experts
+        steered = Router.replay(others)
+        assert (packed_logits(decoder, tokens, steered) - logits).abs().max() > 1e-2
+        assert steered.recorded().equal(others)
