@@ -291,10 +291,8 @@ def validate_samples(samples: Sequence[Sample]) -> None:
         sample._check_structure()
     log_probs = [s.rollout_log_probs for s in samples if s.rollout_log_probs is not None]
     routes = [s.rollout_routed_experts.ravel() for s in samples if s.rollout_routed_experts is not None]
-    sound = _all_within(log_probs, -np.finfo(np.float32).max, 0) and _all_within(
-        routes, -1, np.iinfo(np.int16).max
-    )
-    if not sound:  # NaN, or a broken sample
+    lowest, highest = float(np.finfo(np.float32).min), np.iinfo(np.int16).max
+    if not (_all_within(log_probs, lowest, 0) and _all_within(routes, -1, highest)):
         for sample in samples:
             sample._check_values()
 
