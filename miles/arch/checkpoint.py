@@ -70,7 +70,7 @@ def optional_copies(spec: ArchSpec) -> dict[str, str]:
     """Tensors that some published checkpoints hold a second time, with the name of the one they repeat: the
     head of a tied model, embedding and head beside MTP layers.
     """
-    tied = {"lm_head.weight": "model.embed_tokens.weight"} if spec.tie_word_embeddings else {}
+    tied = {spec.head_name: spec.embedding_name} if spec.tie_word_embeddings else {}
     return tied | dict(FAMILIES[spec.family].mtp_copies(spec))
 
 
@@ -78,6 +78,13 @@ def with_mtp(spec: ArchSpec, num_layers: int) -> ArchSpec:
     """The model with so many MTP layers: the first it has, and further ones shaped like its last layer."""
     if num_layers == 0:
         return spec.policy
+    if not FAMILIES[spec.family].takes_mtp:
+        raise CheckpointError(
+            f"{spec.family} has no MTP layers",
+            where="mtp_num_layers",
+            why="no checkpoint of this family has any, so there are no names and no form for them",
+            fix="leave --mtp-num-layers out, or draft with --sglang-speculative-algorithm NGRAM",
+        )
     own = spec.mtp.layers if spec.mtp else ()
     layers = (own + (spec.layers[-1],) * num_layers)[:num_layers]
     return dataclasses.replace(spec, mtp=MtpSpec(layers, FAMILIES[spec.family].shared_mtp_projection))
@@ -97,8 +104,9 @@ def check_weights(spec: ArchSpec, checkpoint_dir: str | Path) -> dict[str, Tenso
 def check_shapes(spec: ArchSpec, found: Mapping[str, Shape], where: str) -> None:
     """Refuse a set of tensors that is not exactly the published one; names are in the error.
 
-    `optional_copies` may be there or not.
+    `optional_copies` may be there or not; tensors of other parts (`spec.other_parts`) may be any.
     """
+    found = {name: shape for name, shape in found.items() if not name.startswith(spec.other_parts)}
     table = (spec.vocab_size, spec.hidden_size)
     problems = tensor_problems(published_tensors(spec), dict.fromkeys(optional_copies(spec), table), found)
     if problems:

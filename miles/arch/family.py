@@ -69,6 +69,8 @@ class Family:
     shared_mtp_projection: bool
     """Whether all MTP layers of this family share the norms and the projection around them."""
     moe_names: MoeNames = MOE_NAMES
+    takes_mtp: bool = True
+    """Whether MTP layers can be added to it: their norms and embeddings are those of a plain decoder."""
 
     def mtp_tensors(self, spec: ArchSpec) -> Iterator[tuple[str, Shape]]:
         """The tensors of the MTP layers; none without such layers."""
@@ -89,7 +91,7 @@ class Family:
         for depth in range(spec.mtp_num_layers):
             names = self.mtp_names.at(depth, spec.num_layers)
             if names.embedding_copy:
-                yield names.embedding_copy, "model.embed_tokens.weight"
+                yield names.embedding_copy, spec.embedding_name
             if names.head_copy:
                 tied = spec.tie_word_embeddings
-                yield names.head_copy, "model.embed_tokens.weight" if tied else "lm_head.weight"
+                yield names.head_copy, spec.embedding_name if tied else spec.head_name

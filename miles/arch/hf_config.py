@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from miles.arch.spec import Dtype, Llama3Scaling, RopeSpec
+from miles.arch.spec import Dtype, LinearScaling, Llama3Scaling, RopeSpec
 from miles.errors import CheckpointError
 
 _DTYPES: dict[str, Dtype] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 HF_DTYPE_NAMES: dict[Dtype, str] = {ours: theirs for theirs, ours in _DTYPES.items()}
 
-LLAMA3 = "llama3"
+LLAMA3, LINEAR = "llama3", "linear"
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 PARTIAL_ROTARY = "partial_rotary_factor"
 
+DTYPE_KEYS = ("dtype", "torch_dtype")
 MTP_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 """Where published configs count their multi-token-prediction layers; the first is the one we write."""
 
@@ -43,6 +44,24 @@ class HfConfig:
                 where=self.where,
                 fix="correct config.json or pick another checkpoint",
             )
+
+    def filled(self, defaults: Mapping[str, Any], part: str | None = None) -> HfConfig:
+        """The same with defaults for what it leaves out; its problems are noted here as well.
+
+        part: a table inside, like `text_config`, whose values come before those around it. The stored number
+        format is one of the whole checkpoint.
+        """
+        inner = self.values.get(part) if part else {}
+        if not isinstance(inner, dict):
+            self.problem(f"{part} is missing" if inner is None else f"{part} is not a table")
+            inner = {}
+        outer = {key: value for key, value in self.values.items() if value is not None}
+        if outer.keys() & DTYPE_KEYS:
+            inner = {key: value for key, value in inner.items() if key not in DTYPE_KEYS}
+        given = {key: value for key, value in inner.items() if value is not None}
+        config = HfConfig({**defaults, **outer, **given}, self.where)
+        config.problems = self.problems
+        return config
 
     def count(self, *names: str, default: int | None = None) -> int:
         """A whole number of at least 1 under the first of `names` that is present."""
@@ -118,14 +137,14 @@ class HfConfig:
         key = "rope_scaling" if self.values.get("rope_scaling") else "rope_parameters"
         scaling = self.values.get(key) or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ("default", LLAMA3):
-            self.problem(f"{key} of type {kind!r} is not supported (only 'default' and {LLAMA3!r})")
+        if kind not in ("default", LLAMA3, LINEAR):
+            self.problem(f"{key} of type {kind!r} is not supported (only 'default', {LLAMA3!r}, {LINEAR!r})")
         theta = parameters.get("rope_theta", self.values.get("rope_theta"))
         if not (_is_number(theta) and theta > 0):
             self._wrong("rope_theta", "rope_theta", theta, "a number > 0")
             theta = 1.0
         width = self._rotary_width(parameters, head_dim, rotated)
-        return RopeSpec(float(theta), self._llama3_scaling(scaling) if kind == LLAMA3 else None, width)
+        return RopeSpec(float(theta), self._scaling(kind, scaling), width)
 
     def _rotary_width(self, table: Mapping[str, Any], head_dim: int, rotated: float) -> int | None:
         """Rotated elements of a head; None: all of them."""
@@ -135,6 +154,18 @@ class HfConfig:
             self.problem(f"{PARTIAL_ROTARY} = {part!r} does not leave an even part of head_dim = {head_dim}")
             return None
         return None if width == head_dim else width
+
+    def _scaling(self, kind: Any, table: Mapping[str, Any]) -> Llama3Scaling | LinearScaling | None:
+        if kind == LINEAR:
+            return self._linear_scaling(table)
+        return self._llama3_scaling(table) if kind == LLAMA3 else None
+
+    def _linear_scaling(self, table: Mapping[str, Any]) -> LinearScaling | None:
+        factor = table.get("factor")
+        if not (_is_number(factor) and factor > 0):
+            self.problem(f"rope_scaling of type {LINEAR!r} needs factor")
+            return None
+        return LinearScaling(float(factor))
 
     def _llama3_scaling(self, table: Mapping[str, Any]) -> Llama3Scaling | None:
         values = [table.get(key) for key in LLAMA3_KEYS]
@@ -146,7 +177,7 @@ class HfConfig:
 
     def dtype(self) -> Dtype | None:
         """Stored number format, from `dtype` or `torch_dtype`; None when the config does not say."""
-        _, value = self._find(("dtype", "torch_dtype"))
+        _, value = self._find(DTYPE_KEYS)
         if value is None:
             return None
         if value in _DTYPES:
@@ -172,6 +203,8 @@ def rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:
     scaling = rope.scaling
     if scaling is None:
         return None
+    if isinstance(scaling, LinearScaling):
+        return {"rope_type": LINEAR, "factor": scaling.factor}
     values = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_positions)
     return {"rope_type": LLAMA3} | dict(zip(LLAMA3_KEYS, values, strict=True))
 

@@ -100,6 +100,8 @@ class PrecisionPolicy:
     """Decoder layers at the end that are not quantised."""
     kept: tuple[str, ...] = ()
     """Published names, or parts of them, that are not quantised."""
+    other_parts: tuple[str, ...] = ()
+    """How names begin that belong to no part of the decoder, see `ArchSpec.other_parts`."""
 
     def storage(self, name: str) -> NumberFormat:
         """The format in which the engine holds a published tensor, and every transfer and checkpoint."""
@@ -130,6 +132,8 @@ class PrecisionPolicy:
         part = next((part for part in self.kept if part in name), None)
         if part is not None:
             return f"name has {part}"
+        if name.startswith(self.other_parts):
+            return "not of the decoder"
         layer = decoder_layer(name)
         if layer is None or layer >= self.num_layers:
             return ""
@@ -168,6 +172,7 @@ def precision_policy(
         plain=plain,
         num_layers=spec.num_layers,
         is_moe=spec.is_moe,
+        other_parts=spec.other_parts,
         first_layers=first_layers,
         last_layers=last_layers,
         kept=kept,

@@ -12,6 +12,8 @@ from typing import Literal
 Dtype = Literal["fp32", "bf16", "fp16"]
 QkNormOver = Literal["head", "width"]
 Scoring = Literal["softmax", "sigmoid"]
+Activation = Literal["silu", "gelu_tanh"]
+"""Of the gate: SwiGLU, or GeGLU with tanh in place of the error function."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,31 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True)
+class LinearScaling:
+    """Longer contexts by slower rotation: every frequency is divided by `factor`
+    (https://arxiv.org/abs/2306.15595).
+    """
+
+    factor: float
+
+
+@dataclass(frozen=True)
 class RopeSpec:
     """Rotary position embedding (https://arxiv.org/abs/2104.09864)."""
 
     theta: float
-    scaling: Llama3Scaling | None = None
+    scaling: Llama3Scaling | LinearScaling | None = None
     width: int | None = None
     """Elements at the start of a head that are rotated; None: all."""
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """Grouped-query attention. `qk_norm`: RMSNorm over queries and keys before the rotation."""
+    """Grouped-query attention. `qk_norm`: RMSNorm over queries and keys before the rotation.
+
+    A token sees itself and all before it; `window`: itself and the `window` - 1 tokens before it.
+    `softcap`: scores s become softcap · tanh(s / softcap) (https://arxiv.org/abs/2408.00118).
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -50,6 +65,10 @@ class AttentionSpec:
     qk_norm: bool = True
     qk_norm_over: QkNormOver = "head"
     """What shares one mean square: each head, or all heads of a token together."""
+    scale: float | None = None
+    """Factor of the scores; None: head_dim ** -0.5."""
+    window: int | None = None
+    softcap: float | None = None
 
     @property
     def rotary_width(self) -> int:
@@ -65,6 +84,16 @@ class AttentionSpec:
     def k_norm_width(self) -> int:
         """Weights of the key norm."""
         return self.head_dim if self.qk_norm_over == "head" else self.kv_width
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token sees all before it, by scores as they are."""
+        return self.window is None and self.softcap is None
+
+    @property
+    def query_factor(self) -> float:
+        """What queries are multiplied with, beside head_dim ** -0.5."""
+        return 1.0 if self.scale is None else self.scale * self.head_dim**0.5
 
     @property
     def query_width(self) -> int:
@@ -87,9 +116,10 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class DenseMlpSpec:
-    """SwiGLU: down(silu(gate(x)) * up(x)), no biases (https://arxiv.org/abs/2002.05202)."""
+    """A gated block: down(activation(gate(x)) * up(x)), no biases (https://arxiv.org/abs/2002.05202)."""
 
     intermediate_size: int
+    activation: Activation = "silu"
 
     def num_parameters(self, hidden_size: int) -> int:
         return 3 * hidden_size * self.intermediate_size
@@ -143,10 +173,19 @@ class MoeSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer: norm, attention, norm, MLP; both blocks are residual."""
+    """One decoder layer: norm, attention, norm, MLP; both blocks are residual.
+
+    `output_norms`: what a block gives is normed again before it is added.
+    """
 
     attention: AttentionSpec
     mlp: DenseMlpSpec | MoeSpec
+    output_norms: bool = False
+
+    @property
+    def num_norms(self) -> int:
+        """Norms of the model's width."""
+        return 4 if self.output_norms else 2
 
 
 @dataclass(frozen=True)
@@ -171,7 +210,7 @@ class MtpSpec:
         return self.num_projections * projection + sum(
             layer.attention.num_parameters(hidden_size)
             + layer.mlp.num_parameters(hidden_size)
-            + 2 * hidden_size
+            + layer.num_norms * hidden_size
             for layer in self.layers
         )
 
@@ -198,6 +237,27 @@ class ArchSpec:
     """Standard deviation of freshly initialised weights."""
     mtp: MtpSpec | None = None
     """Multi-token-prediction layers beside the model, which they leave as it is."""
+    norm_plus_one: bool = False
+    """Norms multiply with 1 + weight."""
+    embedding_scale: float = 1.0
+    """What the embeddings of tokens are multiplied with."""
+    logit_softcap: float | None = None
+    """Logits z become logit_softcap · tanh(z / logit_softcap)."""
+    root: str = "model"
+    """Published name of the module that holds embedding, layers and final norm."""
+    other_parts: tuple[str, ...] = ()
+    """How names of tensors begin that belong to no part of the decoder (a vision tower): they are carried
+    along as they are."""
+
+    @property
+    def embedding_name(self) -> str:
+        return f"{self.root}.embed_tokens.weight"
+
+    @property
+    def head_name(self) -> str:
+        """`lm_head` stands beside the module `model` that `root` ends in, or on top."""
+        outer, _, last = self.root.rpartition(".")
+        return f"{outer}.lm_head.weight" if outer and last == "model" else "lm_head.weight"
 
     @property
     def mtp_num_layers(self) -> int:
@@ -211,6 +271,11 @@ class ArchSpec:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @cached_property
+    def has_plain_attention(self) -> bool:
+        """Whether the attention of all layers is plain (`AttentionSpec.is_plain`)."""
+        return all(layer.attention.is_plain for layer in self.layers)
 
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
@@ -256,4 +321,4 @@ class ArchSpec:
         return tables * self.vocab_size * self.hidden_size + self.hidden_size
 
     def _layer_parameters(self, layer: LayerSpec) -> int:
-        return layer.attention.num_parameters(self.hidden_size) + 2 * self.hidden_size
+        return layer.attention.num_parameters(self.hidden_size) + layer.num_norms * self.hidden_size

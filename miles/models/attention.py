@@ -15,7 +15,9 @@ from torch import Tensor
 
 from miles.arch.spec import AttentionSpec
 from miles.models.kv_cache import KVCache
+from miles.models.softcap import softcapped
 from miles.models.token_grid import TokenGrid
+from miles.models.visible import attend_blocks, attend_visible, first_seen, seen
 
 EXPLICIT_MAX_LEN = 128
 """Up to this length scores are materialised: on CPU that beats torch's blocked kernel on short sequences."""
@@ -57,11 +59,13 @@ class PackedAttention:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         if self._cache is not None:
             self._cache.write(layer, self._cache_rows, k, v)
-        if self.num_sequences == 1 and self.max_len > EXPLICIT_MAX_LEN:
+        if self.num_sequences == 1 and self.max_len > EXPLICIT_MAX_LEN and spec.is_plain:
             q_HTd, k_HTd, v_HTd = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q_HTd, k_HTd, v_HTd, is_causal=True, enable_gqa=True)
             return out[0].transpose(0, 1).flatten(1)
         q_grid, k_grid, v_grid = (self.grid.lay_out(x, self.max_len) for x in (q, k, v))
+        if not spec.is_plain:
+            return self.grid.flatten(attend_blocks(q_grid, k_grid, v_grid, spec))
         if self.max_len <= EXPLICIT_MAX_LEN:
             return self.grid.flatten(self.explicit(q_grid, k_grid, v_grid))
         out = F.scaled_dot_product_attention(q_grid, k_grid, v_grid, is_causal=True, enable_gqa=True)
@@ -102,12 +106,11 @@ class ChunkAttention:
         for start in range(self._start, self._stop, CHUNK_QUERIES):
             stop = min(start + CHUNK_QUERIES, self._stop)
             queries = q[start - self._start : stop - self._start].transpose(0, 1)
-            keys, values = cache.keys[layer, slot, :, :stop], cache.values[layer, slot, :, :stop]
-            positions = torch.arange(start, stop, device=q.device)
-            mask = beyond_mask(positions, stop, q.dtype).squeeze(1)
-            out = F.scaled_dot_product_attention(
-                queries.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), mask, enable_gqa=True
-            )
+            first = first_seen(spec, start)
+            keys, values = (x[layer, slot, :, first:stop] for x in (cache.keys, cache.values))
+            positions = torch.arange(first, stop, device=q.device)
+            mask = seen(spec, positions[start - first :, None], positions)
+            out = attend_visible(queries[None], keys[None], values[None], mask[None, None], spec)
             outputs.append(out[0].transpose(0, 1).flatten(1))
         return torch.cat(outputs)
 
@@ -133,7 +136,8 @@ class CachedAttention:
         self.num_keys = min(-(-filled // KEY_BLOCK) * KEY_BLOCK, cache.max_len)
         slots = torch.arange(self.num_sequences, device=lengths.device)
         self._rows = cache.rows(slots, lengths)
-        self._mask = beyond_mask(lengths, self.num_keys, cache.keys.dtype)
+        self._positions = lengths
+        self._masks: dict[int | None, Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         cache, n = self._cache, self.num_sequences
@@ -141,9 +145,18 @@ class CachedAttention:
         keys = cache.keys[layer, :n, :, : self.num_keys].flatten(0, 1)
         values = cache.values[layer, :n, :, : self.num_keys].flatten(0, 1)
         queries = (q * spec.head_dim**-0.5).view(n * spec.num_kv_heads, -1, spec.head_dim)
-        scores = torch.bmm(queries, keys.transpose(1, 2))
-        scores.view(n, spec.num_heads, self.num_keys).add_(self._mask)
+        scores = softcapped(torch.bmm(queries, keys.transpose(1, 2)), spec.softcap)
+        scores.view(n, spec.num_heads, self.num_keys).add_(self._mask(spec))
         return torch.bmm(torch.softmax(scores, -1), values).view(n, spec.query_width)
+
+    def _mask(self, spec: AttentionSpec) -> Tensor:
+        """[n, 1, num_keys]: 0 where a new token sees a key, -inf elsewhere."""
+        if spec.window not in self._masks:
+            keys = torch.arange(self.num_keys, device=self._positions.device)
+            visible = seen(spec, self._positions.unsqueeze(1), keys)
+            mask = torch.zeros(visible.shape, dtype=self._cache.keys.dtype, device=visible.device)
+            self._masks[spec.window] = mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+        return self._masks[spec.window]
 
 
 def beyond_mask(positions: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, MoeSpec
+from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, MoeSpec, RopeSpec
 from miles.models.attention import Attention
 from miles.models.mlp import DenseMlp, MoeMlp
 from miles.models.norm import rms_norm
 from miles.models.numerics import FAST, Numerics
 from miles.models.recompute import RecomputedModule, again, once
 from miles.models.routing import Router
+from miles.models.softcap import softcapped
 
 
 class AttentionBlock(nn.Module):
@@ -34,9 +35,10 @@ class AttentionBlock(nn.Module):
         eps: float,
         dtype: torch.dtype,
         input_size: int | None = None,
+        norm_plus_one: bool = False,
     ) -> None:
         super().__init__()
-        self.spec, self.eps = spec, eps
+        self.spec, self.eps, self.norm_plus_one = spec, eps, norm_plus_one
         self.recompute_modules: frozenset[RecomputedModule] = frozenset()
         self.numerics: Numerics = FAST
         self.qkv = nn.Parameter(torch.empty(spec.qkv_width, input_size or hidden_size, dtype=dtype))
@@ -55,6 +57,8 @@ class AttentionBlock(nn.Module):
             qk = self._normed(qk, self.q_norm, self.k_norm)
         qk = numerics.rotate(qk, rotation)
         q, k = qk.split_with_sizes((spec.num_heads, spec.num_kv_heads), 1)
+        if spec.query_factor != 1.0:
+            q = q * spec.query_factor
         run = again if "core_attn" in self.recompute_modules else once
         return numerics.linear(run(attention.attend, layer, q, k, v, spec), self.o, self.o_bias)
 
@@ -63,9 +67,12 @@ class AttentionBlock(nn.Module):
         spec = self.spec
         if spec.qk_norm_over == "head":
             norms = (q_norm.expand(spec.num_heads, -1), k_norm.expand(spec.num_kv_heads, -1))
-            return rms_norm(qk, torch.cat(norms), self.eps)
+            return rms_norm(qk, torch.cat(norms), self.eps, self.norm_plus_one)
         q, k = qk.flatten(1).split_with_sizes((spec.query_width, spec.kv_width), 1)
-        both = rms_norm(q, q_norm, self.eps), rms_norm(k, k_norm, self.eps)
+        both = (
+            rms_norm(q, q_norm, self.eps, self.norm_plus_one),
+            rms_norm(k, k_norm, self.eps, self.norm_plus_one),
+        )
         return torch.cat(both, 1).view(qk.shape)
 
 
@@ -73,26 +80,38 @@ class DecoderLayer(nn.Module):
     def __init__(self, spec: ArchSpec, index: int, dtype: torch.dtype) -> None:
         super().__init__()
         layer: LayerSpec = spec.layers[index]
-        self.index, self.eps = index, spec.rms_norm_eps
+        self.index, self.eps, self.norm_plus_one = index, spec.rms_norm_eps, spec.norm_plus_one
         self.recompute_modules: frozenset[RecomputedModule] = frozenset()
-        self.input_norm = nn.Parameter(torch.empty(spec.hidden_size, dtype=dtype))
-        self.attention = AttentionBlock(layer.attention, spec.hidden_size, self.eps, dtype)
-        self.post_norm = nn.Parameter(torch.empty(spec.hidden_size, dtype=dtype))
+
+        def norm() -> nn.Parameter:
+            return nn.Parameter(torch.empty(spec.hidden_size, dtype=dtype))
+
+        self.input_norm = norm()
+        self.attention = AttentionBlock(
+            layer.attention, spec.hidden_size, self.eps, dtype, norm_plus_one=spec.norm_plus_one
+        )
+        self.attention_output_norm = norm() if layer.output_norms else None
+        self.post_norm = norm()
         self.mlp: DenseMlp | MoeMlp
         if isinstance(layer.mlp, MoeSpec):
             self.mlp = MoeMlp(layer.mlp, spec.hidden_size, spec.moe_layers.index(index), dtype)
         else:
             self.mlp = DenseMlp(layer.mlp, spec.hidden_size, dtype)
+        self.mlp_output_norm = norm() if layer.output_norms else None
 
     def forward(self, hidden: Tensor, rotation: Tensor, attention: Attention, router: Router) -> Tensor:
-        normed = rms_norm(hidden, self.input_norm, self.eps)
-        hidden = hidden + self.attention(normed, rotation, attention, self.index)
+        attended = self.attention(self._norm(hidden, self.input_norm), rotation, attention, self.index)
+        hidden = hidden + self._norm(attended, self.attention_output_norm)
         kind: RecomputedModule = "moe" if isinstance(self.mlp, MoeMlp) else "mlp"
         run = again if kind in self.recompute_modules else once
         return hidden + run(self._normed_mlp, hidden, router)
 
     def _normed_mlp(self, hidden: Tensor, router: Router) -> Tensor:
-        return self.mlp(rms_norm(hidden, self.post_norm, self.eps), router)
+        return self._norm(self.mlp(self._norm(hidden, self.post_norm), router), self.mlp_output_norm)
+
+    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        """x itself where the layer has no such norm."""
+        return x if weight is None else rms_norm(x, weight, self.eps, self.norm_plus_one)
 
 
 class Taps:
@@ -156,32 +175,41 @@ class Decoder(nn.Module):
         taps: Taps | None = None,
     ) -> Tensor:
         """Final-norm hidden states [T, D] of flat tokens and positions (int64 [T])."""
-        hidden = F.embedding(tokens, self.embed)
-        rotation = self._rotation(positions)
+        hidden = self._embedded(tokens)
+        rotations = self._rotations(positions)
         for index, layer in enumerate(self.layers):
+            rotation = rotations[self.spec.layers[index].attention.rope]
             if taps is not None:
                 taps.see(index, hidden)
             run = again if index < self.recompute_num_layers else once
             hidden = run(layer, hidden, rotation, attention, router)
         if taps is not None:
             taps.see(len(self.layers), hidden)
-        return rms_norm(hidden, self.final_norm, self.spec.rms_norm_eps)
+        return rms_norm(hidden, self.final_norm, self.spec.rms_norm_eps, self.spec.norm_plus_one)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
-        return self.numerics.linear(hidden, self.head_weight)
+        return softcapped(self.numerics.linear(hidden, self.head_weight), self.spec.logit_softcap)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Matrices ~ N(0, initializer_range²), norms 1, biases 0."""
+        """Matrices ~ N(0, initializer_range²), biases 0; norms change nothing."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm"):
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if self.spec.norm_plus_one else 1.0)
             elif name.endswith("bias"):
                 parameter.zero_()
             else:
                 parameter.normal_(std=self.spec.initializer_range, generator=generator)
 
-    def _rotation(self, positions: Tensor) -> Tensor:
-        attention = self.spec.layers[0].attention
-        return self.numerics.rotations(attention, self.spec.max_position_embeddings, positions)
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        hidden = F.embedding(tokens, self.embed)
+        scale = self.spec.embedding_scale
+        # The factor has the embedding's precision, as where the weights were trained.
+        return hidden if scale == 1.0 else hidden * torch.tensor(scale, dtype=hidden.dtype)
+
+    def _rotations(self, positions: Tensor) -> dict[RopeSpec, Tensor]:
+        """What `numerics.rotate` takes, for each of the layers' rotations."""
+        kinds = {layer.attention.rope: layer.attention for layer in self.spec.layers}
+        most = self.spec.max_position_embeddings
+        return {rope: self.numerics.rotations(spec, most, positions) for rope, spec in kinds.items()}

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from miles.arch.exactness import exact_obstacle
 from miles.arch.spec import ArchSpec, MoeSpec
 from miles.models.decoder import Decoder
 from miles.models.exact_attention import QUERY_STEP
@@ -44,6 +45,8 @@ def find_exact_numerics(
     Raises:
         PreflightRefused: with the operation and the shape that nothing makes invariant.
     """
+    if obstacle := exact_obstacle(spec):
+        raise impossible(obstacle)
     generator = torch.Generator(device).manual_seed(0)
     probe = _Probe(spec, dtype, torch.device(device), generator)
     blocks = ProbedBlocks(device)

@@ -24,7 +24,8 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         attention = spec.layers[0].attention
-        assert all(layer.attention == attention for layer in spec.layers), "one cache shape for all layers"
+        shapes = {(layer.attention.num_kv_heads, layer.attention.head_dim) for layer in spec.layers}
+        assert len(shapes) == 1, "one cache shape for all layers"
         shape = (spec.num_layers, num_slots, attention.num_kv_heads, max_len, attention.head_dim)
         self.keys = lazy_zeros(shape, dtype, device)
         self.values = lazy_zeros(shape, dtype, device)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miles.models.softcap import softcapped
+
 Linear = Callable[[Tensor, Tensor], Tensor]
 
 CHUNK_ELEMENTS = 1 << 24
@@ -38,21 +40,23 @@ def token_log_probs(
     chunk_tokens: int | None = None,
     with_entropy: bool = False,
     linear: Linear = F.linear,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log p(targets) under softmax(hidden @ head_weightᵀ / temperature), with gradients.
+    """log p(targets) under softmax(softcap(hidden @ head_weightᵀ) / temperature), with gradients.
 
     Args:
         hidden: [T, D]. head_weight: [V, D]. targets: int64 [T].
         chunk_tokens: tokens per chunk; by default `CHUNK_ELEMENTS` logits.
         with_entropy: also return the entropy in nats, differentiable.
         linear: how the logits are computed (`Numerics.linear`).
+        softcap: see `ArchSpec.logit_softcap`.
 
     Returns:
         fp32 [T], and the entropy fp32 [T] or None.
     """
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // head_weight.shape[0])
     log_probs, entropy = _TokenLogProbs.apply(
-        hidden, head_weight, targets, temperature, chunk, with_entropy, linear
+        hidden, head_weight, targets, temperature, chunk, with_entropy, linear, softcap
     )
     return log_probs, entropy if with_entropy else None
 
@@ -81,18 +85,20 @@ class _TokenLogProbs(torch.autograd.Function):
         chunk: int,
         with_entropy: bool,
         linear: Linear,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         log_probs, entropies, log_p_CV = [], [], None
         for hidden_CD, targets_C in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            log_p_CV = scaled_log_softmax(linear(hidden_CD, head_weight), temperature)
+            logits_CV = softcapped(linear(hidden_CD, head_weight), softcap)
+            log_p_CV = scaled_log_softmax(logits_CV, temperature)
             log_probs.append(log_p_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1))
             if with_entropy:
                 entropies.append(_entropy(log_p_CV))
         # A single chunk is small by choice of `chunk`: keeping it saves backward a matrix product.
-        kept = log_p_CV if len(log_probs) == 1 else None
+        kept = log_p_CV if len(log_probs) == 1 and softcap is None else None
         entropy = torch.cat(entropies) if with_entropy else hidden.new_empty(0, dtype=torch.float32)
         ctx.save_for_backward(hidden, head_weight, targets, entropy, kept)
-        ctx.temperature, ctx.chunk, ctx.linear = temperature, chunk, linear
+        ctx.temperature, ctx.chunk, ctx.linear, ctx.softcap = temperature, chunk, linear, softcap
         ctx.set_materialize_grads(False)
         return torch.cat(log_probs), entropy
 
@@ -103,16 +109,22 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_head = torch.zeros_like(head_weight, dtype=torch.float32)
         for start in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            log_p_CV = kept
+            log_p_CV, logits_CV = kept, None
             if log_p_CV is None:
-                log_p_CV = scaled_log_softmax(ctx.linear(hidden[rows], head_weight), ctx.temperature)
+                logits_CV = softcapped(ctx.linear(hidden[rows], head_weight), ctx.softcap)
+                log_p_CV = scaled_log_softmax(logits_CV, ctx.temperature)
             grad_logits = _grad_logits(
                 log_p_CV, targets[rows], _rows(grad, rows), _rows(entropy, rows), _rows(grad_entropy, rows)
             )
-            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
+            grad_logits = grad_logits.div_(ctx.temperature)
+            if ctx.softcap is not None:
+                assert logits_CV is not None
+                # d (c · tanh(z / c)) / dz = 1 - tanh(z / c)²
+                grad_logits.mul_(1 - (logits_CV.float() / ctx.softcap).square_())
+            grad_logits = grad_logits.to(hidden.dtype)
             torch.mm(grad_logits, head_weight, out=grad_hidden[rows])
             grad_head += torch.mm(grad_logits.t(), hidden[rows])
-        return grad_hidden, grad_head.to(head_weight.dtype), None, None, None, None, None
+        return grad_hidden, grad_head.to(head_weight.dtype), None, None, None, None, None, None
 
 
 def _rows(x: Tensor | None, rows: slice) -> Tensor | None:

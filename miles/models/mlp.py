@@ -1,4 +1,4 @@
-"""SwiGLU blocks: one for every token (dense), or chosen experts per token (MoE)."""
+"""Gated blocks: one for every token (dense), or chosen experts per token (MoE)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from miles.arch.spec import DenseMlpSpec, MoeSpec
 from miles.models.experts import routed_experts
+from miles.models.geglu import geglu
 from miles.models.numerics import FAST, Numerics
 from miles.models.routing import Router
 
@@ -16,6 +17,7 @@ class DenseMlp(nn.Module):
 
     def __init__(self, spec: DenseMlpSpec, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
+        self.spec = spec
         self.numerics: Numerics = FAST
         self.gate_up = nn.Parameter(torch.empty(2 * spec.intermediate_size, hidden_size, dtype=dtype))
         self.down = nn.Parameter(torch.empty(hidden_size, spec.intermediate_size, dtype=dtype))
@@ -23,7 +25,8 @@ class DenseMlp(nn.Module):
     def forward(self, x: Tensor, router: Router) -> Tensor:
         """x [T, D] -> [T, D]; the router is for MoE layers."""
         numerics = self.numerics
-        return numerics.linear(numerics.swiglu(numerics.linear(x, self.gate_up)), self.down)
+        activation = numerics.swiglu if self.spec.activation == "silu" else geglu
+        return numerics.linear(activation(numerics.linear(x, self.gate_up)), self.down)
 
 
 class MoeMlp(nn.Module):

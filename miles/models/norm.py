@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
     """weight * x / sqrt(mean(x²) + eps) over the last dimension; the result has x's dtype.
 
     Args:
         x: [..., D].
         weight: broadcastable to x, [D] or [H, D].
+        plus_one: multiply with 1 + weight instead, and round once, behind the product (Gemma).
     """
+    if plus_one:
+        return rms_norm(x.float(), weight.float() + 1, eps).to(x.dtype)
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, weight, eps)
     return _normalize(x, eps)[0].to(x.dtype).mul_(weight)

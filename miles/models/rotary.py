@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles.arch.spec import Llama3Scaling, RopeSpec
+from miles.arch.spec import LinearScaling, Llama3Scaling, RopeSpec
 
 
 @lru_cache(maxsize=8)
@@ -37,7 +37,9 @@ def angles(rope: RopeSpec, width: int, num_positions: int, device: torch.device)
     """fp32 [num_positions, width / 2], radians: how far each pair turns at each position."""
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
     frequencies = 1.0 / rope.theta**exponents
-    if rope.scaling is not None:
+    if isinstance(rope.scaling, LinearScaling):
+        frequencies = frequencies / rope.scaling.factor
+    elif rope.scaling is not None:
         frequencies = _slowed(frequencies, rope.scaling)
     return torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequencies)
 

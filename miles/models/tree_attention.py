@@ -21,6 +21,7 @@ from miles.arch.spec import AttentionSpec
 from miles.models.attention import KEY_BLOCK
 from miles.models.exact_attention import QUERY_STEP, padded_keys, probabilities, weighted_values
 from miles.models.kv_cache import KVCache
+from miles.models.softcap import softcapped
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,18 @@ class TreeNodes:
         """Columns that some node may see."""
         return int(self.prefix.max()) + self.ancestors.shape[1]
 
-    def mask(self, num_keys: int, dtype: torch.dtype) -> Tensor:
-        """[n, W, num_keys]: 0 where a node sees a column, -inf elsewhere."""
+    def mask(self, num_keys: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """[n, W, num_keys]: 0 where a node sees a column, -inf elsewhere. `window`: see `AttentionSpec`."""
         n, width, _ = self.ancestors.shape
         steps = torch.arange(num_keys, device=self.prefix.device)
         seen = (steps < self.prefix.unsqueeze(1)).unsqueeze(1).repeat(1, width, 1)
         own = (self.prefix.unsqueeze(1) + steps[:width]).unsqueeze(1).expand(n, width, width)
         seen.scatter_(2, own, self.ancestors)
+        if window is not None:
+            # A node's depth is the number of its ancestors.
+            positions = self.prefix.unsqueeze(1) + self.ancestors.sum(-1) - 1
+            of_columns = steps.repeat(n, 1).scatter(1, own[:, 0], positions)
+            seen &= positions.unsqueeze(2) - of_columns.unsqueeze(1) < window
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
@@ -80,20 +86,22 @@ class TreeAttention:
         self._cache, self._nodes = cache, nodes
         self.num_keys = min(-(-nodes.num_columns // KEY_BLOCK) * KEY_BLOCK, cache.max_len)
         self._rows = cache.rows(nodes.slots, nodes.columns)
-        self._mask = nodes.mask(self.num_keys, cache.keys.dtype)
+        self._masks: dict[int | None, Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         self._cache.write(layer, self._rows, k, v)
         queries, keys, values = self._grids(layer, q, spec)
-        scores = torch.bmm(queries, keys.transpose(1, 2))
-        n, width, _ = self._mask.shape
+        scores = softcapped(torch.bmm(queries, keys.transpose(1, 2)), spec.softcap)
+        n, width, _ = self._nodes.ancestors.shape
         by_node = scores.view(n, spec.num_heads, width, self.num_keys)
-        by_node.add_(self._mask.unsqueeze(1))
+        if spec.window not in self._masks:
+            self._masks[spec.window] = self._nodes.mask(self.num_keys, q.dtype, spec.window).unsqueeze(1)
+        by_node.add_(self._masks[spec.window])
         return self._flatten(torch.bmm(torch.softmax(scores, -1), values), spec)
 
     def _grids(self, layer: int, q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled queries [n * Hkv, G * W, d], keys and values [n * Hkv, S, d]."""
-        n, width, _ = self._mask.shape
+        n, width, _ = self._nodes.ancestors.shape
         grid = q.new_zeros(n * width, spec.num_heads, spec.head_dim)
         grid.index_copy_(0, self._nodes.cells, q * spec.head_dim**-0.5)
         queries = grid.view(n, width, spec.num_heads, spec.head_dim).transpose(1, 2)
@@ -103,7 +111,7 @@ class TreeAttention:
 
     def _flatten(self, out: Tensor, spec: AttentionSpec) -> Tensor:
         """[n * Hkv, G * W, d] -> [T, H * d]."""
-        n, width, _ = self._mask.shape
+        n, width, _ = self._nodes.ancestors.shape
         grid = out.reshape(n, spec.num_heads, width, spec.head_dim).transpose(1, 2)
         return grid.reshape(n * width, spec.query_width).index_select(0, self._nodes.cells)
 

@@ -227,7 +227,12 @@ def _read_again(batch: TrainBatch, sequence: int, engine: NativeEngine, trainer:
     targets: Tensor = torch.from_numpy(batch.targets[_rows(batch, sequence)]).long().to(hidden.device)
     temperature = trainer.settings.algorithm.temperature
     log_probs, _ = token_log_probs(
-        hidden, decoder.head_weight, targets, temperature, linear=decoder.numerics.linear
+        hidden,
+        decoder.head_weight,
+        targets,
+        temperature,
+        linear=decoder.numerics.linear,
+        softcap=decoder.spec.logit_softcap,
     )
     return log_probs.float().cpu().numpy()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,16 @@ def write_hf(
 
     Args:
         tensors: all published tensors of `spec`; anything else is refused by name.
-        source_dir: a checkpoint whose config.json, tokenizer and generation settings go along. Without it
-            config.json is made from `spec`.
+        source_dir: a checkpoint whose config.json, tokenizer and generation settings go along, and its
+            weights of other parts than the decoder. Without it config.json is made from `spec`.
         dtype: the stored format (default: that of `spec`); router biases are fp32 in any.
 
     Raises `CheckpointError` when `directory` exists, tensors are not those of `spec`, or the disk is full.
     """
     stored = dtype or spec.dtype
     with staged_directory(Path(directory)) as stage:
+        if source_dir is not None and spec.other_parts:
+            tensors = chain(tensors, _other_parts(spec, source_dir))
         shapes = _write_shards(stage, tensors, TORCH_DTYPES[stored], max_shard_bytes)
         check_shapes(spec, shapes, where=str(directory))
         config = to_hf_config(spec) if source_dir is None else read_json(Path(source_dir) / "config.json")
@@ -89,6 +92,10 @@ def write_hf(
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The type in which a published tensor leaves a model of weights in `dtype`."""
     return torch.float32 if is_fp32_buffer(name) else dtype
+
+
+def _other_parts(spec: ArchSpec, source_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor) for name, tensor in read_hf(source_dir) if name.startswith(spec.other_parts))
 
 
 def copy_companions(source_dir: Path, directory: Path) -> None:

@@ -80,7 +80,7 @@ def load_published(
     own dtype.
 
     Raises `CheckpointError` naming what is missing, unexpected, repeated or of another shape, or a second
-    copy (`arch.optional_copies`) that differs from the first.
+    copy (`arch.optional_copies`) that differs from the first. Tensors of `spec.other_parts` are left.
     """
     load_views(_spec(decoder, draft), _native(decoder, draft), items, where)
 
@@ -128,6 +128,8 @@ def load_each(
     copies: dict[str, Tensor] = {}
     originals = optional_copies(spec)
     for name, tensor in items:
+        if name.startswith(spec.other_parts):
+            continue
         if name in seen:
             raise CheckpointError(f"{name} comes twice", where=where)
         seen[name] = tuple(tensor.shape)
@@ -138,15 +140,15 @@ def load_each(
     check_shapes(spec, seen, where)
     for name, tensor in copies.items():
         if differs(originals[name], tensor):
-            raise _other_copy(name, originals[name], where)
+            raise _other_copy(spec, name, originals[name], where)
 
 
-def _other_copy(name: str, original: str, where: str) -> CheckpointError:
-    if name == "lm_head.weight":
+def _other_copy(spec: ArchSpec, name: str, original: str, where: str) -> CheckpointError:
+    if name == spec.head_name:
         return CheckpointError(
-            f"lm_head.weight differs from {original}, but tie_word_embeddings is true",
+            f"{name} differs from {original}, but tie_word_embeddings is true",
             where=where,
-            fix="set tie_word_embeddings to false in config.json, or leave lm_head.weight out",
+            fix=f"set tie_word_embeddings to false in config.json, or leave {spec.head_name} out",
         )
     return CheckpointError(
         f"{name} differs from {original}: MTP layers of their own tables are not supported",
@@ -185,16 +187,16 @@ def views_with_origin(spec: ArchSpec, native: Mapping[str, Tensor]) -> Iterator[
     Each native tensor is looked up once, when its first view is asked for.
     """
     names = FAMILIES[spec.family].moe_names
-    yield "embed", "model.embed_tokens.weight", native["embed"]
+    yield "embed", spec.embedding_name, native["embed"]
     for index, layer in enumerate(spec.layers):
-        yield from _layer(layer, native, f"layers.{index}", f"model.layers.{index}", names)
-    yield "final_norm", "model.norm.weight", native["final_norm"]
+        yield from _layer(layer, native, f"layers.{index}", f"{spec.root}.layers.{index}", names)
+    yield "final_norm", f"{spec.root}.norm.weight", native["final_norm"]
     if not spec.tie_word_embeddings:
-        yield "head", "lm_head.weight", native["head"]
+        yield "head", spec.head_name, native["head"]
     if spec.mtp is not None:
         yield from _mtp(spec, native)
         for copy, original in FAMILIES[spec.family].mtp_copies(spec):
-            ours = "head" if original == "lm_head.weight" else "embed"
+            ours = "head" if original == spec.head_name else "embed"
             yield ours, copy, native[ours]
 
 
@@ -226,11 +228,23 @@ def _layer(
 ) -> Iterator[View]:
     yield _whole(native, f"{ours}.input_norm", f"{theirs}.input_layernorm.weight")
     yield from _attention(layer.attention, native, f"{ours}.attention", f"{theirs}.self_attn")
-    yield _whole(native, f"{ours}.post_norm", f"{theirs}.post_attention_layernorm.weight")
+    yield from _norms_around_mlp(layer, native, ours, theirs)
     if isinstance(layer.mlp, DenseMlpSpec):
         yield from _dense_mlp(native, f"{ours}.mlp", f"{theirs}.mlp")
     else:
         yield from _moe_mlp(layer.mlp, native, f"{ours}.mlp", f"{theirs}.{names.block}", names)
+
+
+def _norms_around_mlp(
+    layer: LayerSpec, native: Mapping[str, Tensor], ours: str, theirs: str
+) -> Iterator[View]:
+    """Where blocks have a norm behind them too, `post_attention_layernorm` is that of attention."""
+    if not layer.output_norms:
+        yield _whole(native, f"{ours}.post_norm", f"{theirs}.post_attention_layernorm.weight")
+        return
+    yield _whole(native, f"{ours}.attention_output_norm", f"{theirs}.post_attention_layernorm.weight")
+    yield _whole(native, f"{ours}.post_norm", f"{theirs}.pre_feedforward_layernorm.weight")
+    yield _whole(native, f"{ours}.mlp_output_norm", f"{theirs}.post_feedforward_layernorm.weight")
 
 
 def _whole(native: Mapping[str, Tensor], ours: str, theirs: str) -> View:

@@ -52,8 +52,9 @@ def make_spec(
     architecture: str,
     layers: tuple[LayerSpec, ...],
     shared_mtp_projection: bool = True,
+    **more: Any,
 ) -> ArchSpec:
-    """The fields around the layers. Raises what `config` collected."""
+    """The fields around the layers, and `more` that a family sets. Raises what `config` collected."""
     bos = config.token_ids("bos_token_id")
     spec = ArchSpec(
         family=family,
@@ -69,6 +70,7 @@ def make_spec(
         dtype=config.dtype() or "fp32",
         initializer_range=config.number("initializer_range", default=0.02),
         mtp=_read_mtp(config, layers[-1], shared_mtp_projection),
+        **more,
     )
     config.check()
     return spec
@@ -123,10 +125,10 @@ def dense_hf_config(spec: ArchSpec) -> dict[str, Any]:
 
 def embedding_tensors(spec: ArchSpec) -> Iterator[tuple[str, Shape]]:
     """Tensors outside the layers."""
-    yield "model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size)
-    yield "model.norm.weight", (spec.hidden_size,)
+    yield spec.embedding_name, (spec.vocab_size, spec.hidden_size)
+    yield f"{spec.root}.norm.weight", (spec.hidden_size,)
     if not spec.tie_word_embeddings:
-        yield "lm_head.weight", (spec.vocab_size, spec.hidden_size)
+        yield spec.head_name, (spec.vocab_size, spec.hidden_size)
 
 
 def attention_tensors(prefix: str, attention: AttentionSpec, hidden_size: int) -> Iterator[tuple[str, Shape]]:
@@ -164,4 +166,4 @@ def dense_published_tensors(spec: ArchSpec) -> Iterator[tuple[str, Shape]]:
     """Everything but MTP layers, of a model of dense layers."""
     yield from embedding_tensors(spec)
     for index, layer in enumerate(spec.layers):
-        yield from dense_layer_tensors(f"model.layers.{index}", layer, spec.hidden_size)
+        yield from dense_layer_tensors(f"{spec.root}.layers.{index}", layer, spec.hidden_size)

@@ -130,6 +130,6 @@ def published_tensors(
     def tensors(spec: ArchSpec) -> Iterator[tuple[str, Shape]]:
         yield from embedding_tensors(spec)
         for index, layer in enumerate(spec.layers):
-            yield from layer_tensors(f"model.layers.{index}", layer, spec.hidden_size)
+            yield from layer_tensors(f"{spec.root}.layers.{index}", layer, spec.hidden_size)
 
     return tensors

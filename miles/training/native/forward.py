@@ -75,6 +75,7 @@ def forward(
         chunk_tokens=chunk_tokens,
         with_entropy=with_entropy,
         linear=decoder.numerics.linear,
+        softcap=decoder.spec.logit_softcap,
     )
     if on_hidden is not None:
         on_hidden(hidden_TD.detach())
@@ -86,6 +87,7 @@ def forward(
 def _attention(decoder: Decoder, micro_batch: MicroBatch) -> Attention:
     if micro_batch.shared is not None:
         return micro_batch.shared.attention(decoder.numerics, micro_batch.tokens_T.device)
-    if decoder.numerics.name == FAST.name and pays_in_segments(micro_batch.cu_seqlens_N1):
+    plain = decoder.spec.has_plain_attention
+    if plain and decoder.numerics.name == FAST.name and pays_in_segments(micro_batch.cu_seqlens_N1):
         return SegmentAttention(micro_batch.cu_seqlens_N1.numpy())
     return decoder.numerics.packed_attention(micro_batch.cu_seqlens_N1)

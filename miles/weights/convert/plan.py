@@ -158,7 +158,8 @@ def _config(
         return config
     for key in (*KEYS, "dtype"):
         config.pop(key, None)
-    shapes = published_tensors(spec)
+    other = {name: w.shape for name, w in source.weights.items() if name.startswith(spec.other_parts)}
+    shapes = published_tensors(spec) | other
     table = None if policy is None else quantization_config(policy, shapes)
     config |= {"torch_dtype": HF_DTYPE_NAMES[_plain_dtype(moves, spec)]}
     return config | ({"quantization_config": table} if table else {})

@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 from math import prod
+from typing import Any
 
 import pytest
 
-from miles.arch import published_tensors, to_hf_config
+from miles.arch import ArchSpec, published_tensors, to_hf_config
 from miles.arch.specs import DIRECTORY, shipped_names, shipped_spec
 
 PUBLISHED = {
@@ -37,9 +38,19 @@ PUBLISHED = {
     "llama-3.2-1b": (1.23e9, 1_235_814_400),
     "llama-3.2-3b": (3.21e9, 3_212_749_824),
     "llama-3.3-70b": (70.6e9, 70_553_706_496),
+    "gemma-2-2b": (2.6e9, 2_614_341_888),
+    "gemma-2-9b": (9.24e9, 9_241_705_984),
+    "gemma-2-27b": (27.2e9, 27_227_128_320),
+    "gemma-3-1b": (1.0e9, 999_885_952),
+    "gemma-3-4b": (4.3e9, 4_300_079_472),
+    "gemma-3-12b": (12.2e9, 12_187_325_040),
+    "gemma-3-27b": (27.4e9, 27_432_406_640),
 }
 STORES_TIED_HEAD = ("qwen3-0.6b", "qwen3-1.7b")
 """Published with the head a second time, though it is tied to the embedding."""
+
+SIGLIP, SIGLIP_WIDTH = 416_866_032, 1152
+"""Parameters of the vision tower of Gemma 3, which three sizes share, and its width."""
 
 ACTIVE = {"qwen3-30b-a3b": 3.3e9, "qwen3-235b-a22b": 22e9}
 """Parameters per token, by the model card."""
@@ -76,8 +87,14 @@ def test_parameter_counts(name: str) -> None:
     spec = shipped_spec(name)
     card, stored = PUBLISHED[name]
     head_twice = spec.vocab_size * spec.hidden_size if name in STORES_TIED_HEAD else 0
-    assert spec.num_parameters() + head_twice == stored
-    assert spec.num_parameters() == pytest.approx(card, rel=0.015)
+    whole = spec.num_parameters() + (_other_parts(spec) if spec.other_parts else 0)
+    assert whole + head_twice == stored
+    assert whole == pytest.approx(card, rel=0.015)
+
+
+def _other_parts(spec: ArchSpec) -> int:
+    """Parameters beside the language model: the vision tower and the projection behind it."""
+    return SIGLIP + (SIGLIP_WIDTH * spec.hidden_size + SIGLIP_WIDTH)
 
 
 @pytest.mark.parametrize("name", ACTIVE)
@@ -94,8 +111,15 @@ def test_published_tensors_hold_every_parameter() -> None:
 def test_the_shipped_config_is_what_the_family_writes(name: str) -> None:
     shipped = json.loads((DIRECTORY / f"{name}.json").read_text())
     written = to_hf_config(shipped_spec(name))
-    assert {key: shipped[key] for key in written if key in shipped} == {
-        key: value for key, value in written.items() if key in shipped
+    assert _shared(shipped, written) == _shared(written, shipped)
+
+
+def _shared(config: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of the keys that the other has as well, tables inside included."""
+    shared = {key: value for key, value in config.items() if key in other}
+    return {
+        key: _shared(value, other[key]) if isinstance(value, dict) and isinstance(other[key], dict) else value
+        for key, value in shared.items()
     }
 
 

@@ -80,6 +80,13 @@ def dense(facts: Facts) -> Facts:
     return arch(layers=tuple(replace(layer, mlp=DenseMlpSpec(64)) for layer in spec.layers))(facts)
 
 
+def windowed(facts: Facts) -> Facts:
+    spec = facts.checkpoint.spec
+    assert spec is not None
+    attention = replace(spec.layers[0].attention, window=32)
+    return arch(layers=tuple(replace(layer, attention=attention) for layer in spec.layers))(facts)
+
+
 SCALED = """\
 --train-backend megatron --rollout-backend sglang --executor ray --dtype bf16 --lr 1e-6 --save-interval 20
 --colocate --actor-num-nodes 2 --actor-num-gpus-per-node 8 --rollout-num-gpus-per-engine 8
@@ -547,6 +554,10 @@ CASES: dict[str, tuple[Case, Case]] = {
     "ALN8": (
         Case("--true-on-policy-mode --rollout-format bf16"),
         Case("--true-on-policy-mode --rollout-format fp32"),
+    ),
+    "ALN9": (
+        Case("--true-on-policy-mode", facts=windowed),
+        Case("--true-on-policy-mode"),
     ),
     "KRN1": (
         Case("--decode-kernel fused", facts=machine(compiler=None)),

@@ -1,0 +1,14 @@
+"""What of a model has no exact numerics: operations whose bits depend on the batch, as they are computed."""
+
+from __future__ import annotations
+
+from miles.arch.spec import ArchSpec, DenseMlpSpec
+
+
+def exact_obstacle(spec: ArchSpec) -> str:
+    """What stands in the way of exact numerics; empty where nothing does."""
+    if not spec.has_plain_attention:
+        return "attention in windows, or with capped scores"
+    if any(isinstance(layer.mlp, DenseMlpSpec) and layer.mlp.activation != "silu" for layer in spec.layers):
+        return "a GELU"
+    return "capped logits" if spec.logit_softcap is not None else ""

@@ -1,0 +1,11 @@
+"""Soft caps: numbers that grow without bound are bent into (-cap, cap) (https://arxiv.org/abs/2408.00118)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def softcapped(x: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(x / cap), element by element; x itself where there is no cap."""
+    return x if cap is None else torch.tanh(x / cap) * cap

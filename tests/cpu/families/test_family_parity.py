@@ -1,0 +1,172 @@
+"""Every family against transformers: same weights, same logits, gradients, files and continuations."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from miles.arch import check_weights, load_spec
+from miles.models.attention import PackedAttention
+from miles.models.decoder import Decoder
+from miles.models.kv_cache import KVCache
+from miles.models.logprob import token_log_probs
+from miles.models.numerics import FAST
+from miles.models.routing import Router
+from miles.rollout.engine import GenerateRequest, SamplingParams
+from miles.rollout.native.draft import SpeculationSettings
+from miles.rollout.native.engine import EngineSettings, NativeEngine
+from miles.weights.hf import read_hf, write_hf
+from miles.weights.native_map import load_published, published_views, to_published
+from tests.cpu.families.family_cases import CASES, LENGTHS, reference_logits, sequences
+
+FAMILIES = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, nn.Module]]:
+    root = tmp_path_factory.mktemp("families")
+    return {name: (root / name, case.save(root / name)) for name, case in CASES.items()}
+
+
+def decoder_of(directory: Path) -> Decoder:
+    spec = load_spec(directory)
+    check_weights(spec, directory)
+    decoder = Decoder(spec)
+    load_published(decoder, read_hf(directory))
+    return decoder
+
+
+def packed(decoder: Decoder, tokens: list[Tensor]) -> Tensor:
+    """Hidden states of sequences in one forward."""
+    lengths = [len(sequence) for sequence in tokens]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    attention = PackedAttention(torch.tensor([0, *lengths]).cumsum(0))
+    return decoder(torch.cat(tokens), positions, attention, Router.decide())
+
+
+def reference_gradients(model: nn.Module, decoder: Decoder) -> dict[str, Tensor]:
+    """Gradients under published names."""
+    root = "model.language_model." if decoder.spec.root == "language_model.model" else "model."
+    return {
+        name.replace(root, f"{decoder.spec.root}.", 1): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@FAMILIES
+def test_logits_and_gradients_are_those_of_transformers(name: str, checkpoints, request) -> None:
+    directory, reference = checkpoints[name]
+    decoder = decoder_of(directory)
+    tokens = sequences(CASES[name])
+    expected = torch.cat([reference_logits(reference, sequence) for sequence in tokens])
+    hidden = packed(decoder, tokens)
+    assert expected.abs().max() > 1
+    assert (decoder.logits(hidden) - expected).abs().max() <= 1e-4
+
+    targets = torch.randint(
+        decoder.spec.vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1)
+    )
+    weighting = torch.randn(len(targets), generator=torch.Generator().manual_seed(2))
+    wanted = torch.log_softmax(expected, -1).gather(1, targets[:, None])[:, 0]
+    log_probs, entropy = token_log_probs(
+        hidden, decoder.head_weight, targets, with_entropy=True, softcap=decoder.spec.logit_softcap
+    )
+    assert entropy is not None
+    entropies = torch.distributions.Categorical(logits=expected).entropy()
+    assert (entropy - entropies).abs().max() <= 1e-4
+    reference.zero_grad()
+    (wanted @ weighting + entropies.sum()).backward()
+    (log_probs @ weighting + entropy.sum()).backward()
+    gradients = reference_gradients(reference, decoder)
+    native = {key: parameter.grad for key, parameter in decoder.named_parameters()}
+    for key, grad in published_views(decoder.spec, native):
+        scale = gradients[key].abs().max()
+        assert (grad - gradients[key]).abs().max() <= 1e-4 * scale, key
+
+
+@FAMILIES
+def test_published_tensors_come_back_bit_for_bit(name: str, checkpoints, tmp_path: Path) -> None:
+    directory, reference = checkpoints[name]
+    decoder = decoder_of(directory)
+    write_hf(
+        tmp_path / "native", decoder.spec, to_published(decoder), source_dir=directory, max_shard_bytes=20_000
+    )
+    assert load_spec(tmp_path / "native") == decoder.spec
+    before, after = dict(read_hf(directory)), dict(read_hf(tmp_path / "native"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    again = CASES[name].load(tmp_path / "native")
+    (tokens,) = sequences(CASES[name], (19,))
+    with torch.no_grad():
+        assert torch.equal(reference_logits(again, tokens), reference_logits(reference, tokens))
+
+
+@FAMILIES
+@torch.no_grad()
+def test_reading_over_a_cache_equals_a_full_forward(name: str, checkpoints) -> None:
+    decoder = decoder_of(checkpoints[name][0])
+    tokens = sequences(CASES[name], (29, 22))
+    whole = packed(decoder, tokens)
+    ends, read = [29, 22], 9
+    cache = KVCache(decoder.spec, num_slots=2, max_len=40)
+    starts = torch.tensor([0, read, 2 * read])
+    prompts = torch.cat([sequence[:read] for sequence in tokens])
+    prefill = PackedAttention(starts, cache, torch.tensor([0, 1]))
+    decoder(prompts, torch.arange(read).repeat(2), prefill, Router.decide())
+    # The first sequence reads on in a chunk, then both go on token by token.
+    chunk = FAST.chunk_attention(cache, 0, read, 8)
+    hidden = decoder(tokens[0][read : read + 8], torch.arange(read, read + 8), chunk, Router.decide())
+    assert (hidden - whole[read : read + 8]).abs().max() <= 1e-4
+    lengths = [read + 8, read]
+    for _ in range(11):
+        at = torch.tensor(lengths)
+        step = torch.stack([sequence[length] for sequence, length in zip(tokens, lengths, strict=True)])
+        hidden = decoder(step, at, FAST.cached_attention(cache, at), Router.decide())
+        rows = at + torch.tensor([0, ends[0]])
+        assert (hidden - whole[rows]).abs().max() <= 1e-4
+        lengths = [length + 1 for length in lengths]
+
+
+def generate(name: str, directory: Path, prompts: list[Tensor], **settings) -> list[list[int]]:
+    """Greedy continuations by the native engine, all prompts together."""
+    decoder = decoder_of(directory).requires_grad_(False)
+    engine = NativeEngine(
+        decoder.spec, EngineSettings(max_context_len=64, max_running_requests=4, seed=1, **settings)
+    )
+    sampling = SamplingParams(max_new_tokens=24, temperature=0.0)
+
+    async def run() -> list[list[int]]:
+        await engine.receive_weights(to_published(decoder), version=0)
+        requests = [
+            GenerateRequest(input_ids=prompt.tolist(), sampling=sampling, sample_key=i, group=i)
+            for i, prompt in enumerate(prompts)
+        ]
+        outputs = await asyncio.gather(*(engine.generate([request]) for request in requests))
+        return [list(output.output_ids) for (output,) in outputs]
+
+    return asyncio.run(run())
+
+
+@FAMILIES
+@torch.no_grad()
+def test_greedy_continuations_are_those_of_transformers(name: str, checkpoints) -> None:
+    directory, reference = checkpoints[name]
+    prompts = sequences(CASES[name], (3, 17, 8))
+    expected = [continued(reference, prompt, 24) for prompt in prompts]
+    assert generate(name, directory, prompts) == expected
+    assert generate(name, directory, prompts, max_prefill_tokens=5) == expected
+    guessing = SpeculationSettings(algorithm="NGRAM", num_steps=3, num_draft_tokens=4)
+    assert generate(name, directory, prompts, speculation=guessing) == expected
+
+
+def continued(model: nn.Module, prompt: Tensor, count: int) -> list[int]:
+    """The best token again and again, each from a full forward."""
+    tokens = prompt
+    for _ in range(count):
+        tokens = torch.cat([tokens, reference_logits(model, tokens)[-1].argmax()[None]])
+    return tokens[len(prompt) :].tolist()
