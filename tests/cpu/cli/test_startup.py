@@ -23,7 +23,8 @@ PLANNING_ONLY = {"numpy", "pydantic", "asyncio", "pyarrow", "tokenizers", "miles
 
 HELP_BUDGET_S = 0.3
 DRY_RUN_BUDGET_S = 1.0
-STARTS = 5
+STARTS = 10
+"""A start that kept the budget settles it; others may have met a busy machine."""
 
 LOADED = """
 import json, sys
@@ -69,25 +70,25 @@ def test_profiles_load_no_heavy_library(environment: dict[str, str]) -> None:
     assert not modules & (HEAVY | {"numpy"})
 
 
-def cheapest(environment: dict[str, str], *words: str) -> float:
-    """Processor seconds of the cheapest of several starts."""
-    seconds = []
+def keeps(budget: float, environment: dict[str, str], *words: str) -> bool:
+    """Whether one of several starts takes fewer processor seconds than the budget."""
     for _ in range(STARTS):
         command = [sys.executable, "-m", "miles_cli", *words]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         assert process.returncode == 0
-        seconds.append(usage.ru_utime + usage.ru_stime)
-    return min(seconds)
+        if usage.ru_utime + usage.ru_stime < budget:
+            return True
+    return False
 
 
 def test_help_keeps_its_budget(environment: dict[str, str]) -> None:
-    assert cheapest(environment, "--help") < HELP_BUDGET_S
+    assert keeps(HELP_BUDGET_S, environment, "--help")
 
 
 def test_a_dry_run_keeps_its_budget(environment: dict[str, str]) -> None:
-    assert cheapest(environment, "train", "--profile", "quickstart", "--dry-run") < DRY_RUN_BUDGET_S
+    assert keeps(DRY_RUN_BUDGET_S, environment, "train", "--profile", "quickstart", "--dry-run")
 
 
 def test_help_lists_every_verb_in_its_panel_and_the_exit_codes(miles: Callable) -> None:  # type: ignore[type-arg]

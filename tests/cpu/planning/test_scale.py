@@ -152,3 +152,19 @@ def test_the_published_cluster_layout_passes() -> None:
     """TP 4, EP 8 on two nodes: the layout that miles publishes for this model and precision."""
     flags = "--tensor-model-parallel-size 4 --sequence-parallel --pipeline-model-parallel-size 1 "
     assert rules(flags + "--expert-model-parallel-size 8") == {"CAP3", "ASM1"}
+
+
+OWN_HARDWARE = {
+    "qwen3-moe-fp8": "16xH100",
+    "qwen3-4b": "8xH100",
+    "llama-3.1-8b": "8xH100",
+    "qwen3-235b-a22b": "64xH100",
+}
+
+
+@pytest.mark.parametrize(("profile", "hardware"), OWN_HARDWARE.items())
+def test_a_shipped_cluster_profile_fits_its_own_hardware(profile: str, hardware: str) -> None:
+    resolved = resolve(profile)
+    facts = collect_facts(resolved.config, assume=parse_hardware(hardware))
+    found = {finding.rule for finding in preflight(resolved, facts)}
+    assert found <= {"CAP3", "ASM1"}
