@@ -50,6 +50,12 @@ class NumberFormat:
     def is_plain(self) -> bool:
         return self.name in PLAIN
 
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether a product rounds its other operand too: in groups of 128 (`fp8`) or 32 (`mxfp8`) numbers of
+        a token, in the same elements and scales. Of the others only weights are rounded."""
+        return self.name in ("fp8", "mxfp8")
+
     def __str__(self) -> str:
         """The format with the blocks that share a scale, and the type of the scales."""
         kind = "symmetric" if self.symmetric else "asymmetric"

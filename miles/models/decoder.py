@@ -17,12 +17,13 @@ from miles.models.attention import Attention
 from miles.models.mlp import DenseMlp, MoeMlp
 from miles.models.norm import rms_norm
 from miles.models.numerics import FAST, Numerics
+from miles.models.projections import Projections
 from miles.models.recompute import RecomputedModule, again, once
 from miles.models.routing import Router
 from miles.models.softcap import softcapped
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Projections):
     """Fused projection qkv [(H + 2 Hkv) d, D] (queries, keys, values), norms of queries and keys where the
     model has them ([d] over heads, [H d] and [Hkv d] over the width), output o [D, H d]. `input_size`: what
     qkv reads, where that is not D.
@@ -40,7 +41,6 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.spec, self.eps, self.norm_plus_one = spec, eps, norm_plus_one
         self.recompute_modules: frozenset[RecomputedModule] = frozenset()
-        self.numerics: Numerics = FAST
         self.qkv = nn.Parameter(torch.empty(spec.qkv_width, input_size or hidden_size, dtype=dtype))
         self.qkv_bias = nn.Parameter(torch.empty(spec.qkv_width, dtype=dtype)) if spec.qkv_bias else None
         self.q_norm = nn.Parameter(torch.empty(spec.q_norm_width, dtype=dtype)) if spec.qk_norm else None
@@ -51,7 +51,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor, attention: Attention, layer: int) -> Tensor:
         """x [T, D], rotation as `numerics.rotations` gives it -> [T, D]."""
         spec, numerics = self.spec, self.numerics
-        heads = numerics.linear(x, self.qkv, self.qkv_bias).view(x.shape[0], -1, spec.head_dim)
+        heads = self.project("qkv", x, self.qkv_bias).view(x.shape[0], -1, spec.head_dim)
         qk, v = heads.split_with_sizes((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             qk = self._normed(qk, self.q_norm, self.k_norm)
@@ -60,7 +60,7 @@ class AttentionBlock(nn.Module):
         if spec.query_factor != 1.0:
             q = q * spec.query_factor
         run = again if "core_attn" in self.recompute_modules else once
-        return numerics.linear(run(attention.attend, layer, q, k, v, spec), self.o, self.o_bias)
+        return self.project("o", run(attention.attend, layer, q, k, v, spec), self.o_bias)
 
     def _normed(self, qk: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
         """Queries and keys [T, H + Hkv, d] under their norms."""

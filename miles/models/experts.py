@@ -27,11 +27,14 @@ class ExpertKernels:
         blocks: groups are computed in such blocks, filled up with copies of the first token, whose results
             nobody reads (an empty group stays empty). None: each group at once.
         activation: [P, 2I] -> [P, I] without autograd.
+        rounded: [P, I] -> what the second projection multiplies; None: as it is. Backward passes straight
+            through it.
         fused_sum: one rounding per added slot instead of two where the machine has it.
     """
 
     blocks: RowBlocks | None = None
     activation: Forward = swiglu_forward
+    rounded: Forward | None = None
     fused_sum: bool = True
 
 
@@ -115,7 +118,8 @@ def _forward(
     """The result [T, D], and the experts' first projection [P, 2I]."""
     top_k = weights.shape[1]
     projected = _project(x.index_select(0, rows.tokens), gate_up, rows, kernels.blocks)
-    out_PD = _project(kernels.activation(projected), down, rows, kernels.blocks)
+    active_PI = _rounded(kernels.activation(projected), kernels)
+    out_PD = _project(active_PI, down, rows, kernels.blocks)
     slots = out_PD.index_select(0, rows.place).view(-1, top_k, x.shape[1])
     total = slots[:, 0] * weights[:, :1]
     for slot in range(1, top_k):
@@ -142,7 +146,7 @@ class _RoutedExperts(torch.autograd.Function):
     ) -> Tensor:
         total, projected = _forward(x, weights, gate_up, down, rows, kernels)
         ctx.save_for_backward(x, weights, gate_up, down, projected)
-        ctx.rows = rows
+        ctx.rows, ctx.kernels = rows, kernels
         return total
 
     @staticmethod
@@ -152,7 +156,7 @@ class _RoutedExperts(torch.autograd.Function):
         top_k = weights.shape[1]
         weight_P1 = weights.new_zeros(len(tokens), 1).index_copy_(0, place, weights.reshape(-1, 1))
         grad_PD = grad.index_select(0, tokens)
-        active_PI = swiglu_forward(projected)
+        active_PI = _rounded(swiglu_forward(projected), ctx.kernels)
         # d out[r] / d weight[r] = <down @ active[r], grad[r]> = <active[r], grad[r] @ down>
         grad_active = grouped_mm(grad_PD, down, ends)
         grad_weights = (grad_active * active_PI).sum(-1).index_select(0, place).view_as(weights)
@@ -162,6 +166,10 @@ class _RoutedExperts(torch.autograd.Function):
         grad_slots = grouped_mm(grad_projected, gate_up, ends).index_select(0, place)
         grad_x = _sum_slots(grad_slots.view(-1, top_k, x.shape[1]))
         return grad_x, grad_weights, grad_gate_up, grad_down, None, None
+
+
+def _rounded(active_PI: Tensor, kernels: ExpertKernels) -> Tensor:
+    return active_PI if kernels.rounded is None else kernels.rounded(active_PI)
 
 
 def _sum_slots(slots: Tensor) -> Tensor:

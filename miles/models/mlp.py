@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from miles.arch.spec import DenseMlpSpec, MoeSpec
 from miles.models.experts import routed_experts
 from miles.models.geglu import geglu
-from miles.models.numerics import FAST, Numerics
+from miles.models.projections import Projections
 from miles.models.routing import Router
 
 
-class DenseMlp(nn.Module):
+class DenseMlp(Projections):
     """gate_up [2I, D] holds gate then up; down [D, I]."""
 
     def __init__(self, spec: DenseMlpSpec, hidden_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.spec = spec
-        self.numerics: Numerics = FAST
         self.gate_up = nn.Parameter(torch.empty(2 * spec.intermediate_size, hidden_size, dtype=dtype))
         self.down = nn.Parameter(torch.empty(hidden_size, spec.intermediate_size, dtype=dtype))
 
     def forward(self, x: Tensor, router: Router) -> Tensor:
         """x [T, D] -> [T, D]; the router is for MoE layers."""
-        numerics = self.numerics
-        activation = numerics.swiglu if self.spec.activation == "silu" else geglu
-        return numerics.linear(activation(numerics.linear(x, self.gate_up)), self.down)
+        activation = self.numerics.swiglu if self.spec.activation == "silu" else geglu
+        return self.project("down", activation(self.project("gate_up", x)))
 
 
-class MoeMlp(nn.Module):
+class MoeMlp(Projections):
     """router [E, D], correction_bias fp32 [E] where the model has one; stacked experts gate_up [E, 2I, D] and
     down [E, D, I]; shared, a SwiGLU beside them, where the model has one.
     """
 
     def __init__(self, spec: MoeSpec, hidden_size: int, moe_layer: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.numerics: Numerics = FAST
         self.spec, self.moe_layer = spec, moe_layer
         experts, width = spec.num_experts, spec.intermediate_size
         self.router = nn.Parameter(torch.empty(experts, hidden_size, dtype=dtype))
@@ -55,6 +54,10 @@ class MoeMlp(nn.Module):
         """x [T, D] -> [T, D]."""
         scores = self.numerics.router_scores(x, self.router, self.spec.scoring)
         ids, weights = router.select(self.moe_layer, scores, self.spec, self.correction_bias)
-        kernels = self.numerics.expert_kernels(self.gate_up, self.down)
-        out = routed_experts(x, ids, weights.to(x.dtype), self.gate_up, self.down, kernels)
+        gate_up, down = self.matrix("gate_up"), self.matrix("down")
+        kernels = self.numerics.expert_kernels(gate_up, down)
+        if "down" in self.operands:
+            kernels = replace(kernels, rounded=self.operands["down"].activations)
+        rows = self.rounded("gate_up", x)
+        out = routed_experts(rows, ids, weights.to(x.dtype), gate_up, down, kernels)
         return out if self.shared is None else out + self.shared(x, router)

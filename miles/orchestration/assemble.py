@@ -73,6 +73,7 @@ def trainer_settings(config: RunConfig, plan: Plan, spec: ArchSpec) -> TrainerSe
         mtp_loss_scaling_factor=config.speculative.mtp_loss_scaling_factor,
         non_finite_policy=training.non_finite_policy,
         fault=_fault(config.debug.inject_fault, plan.batch.steps_per_rollout),
+        precision=None if plan.precision.training.is_plain else plan.precision,
     )
 
 
@@ -104,6 +105,8 @@ def engine_settings(
         dtype=DTYPES.get(plan.rollout_format, DTYPES[plan.dtype]),
         device=plan.device,
         numerics=numerics,
+        precision=engine_precision(plan),
+        keep_expanded=plan.device == "cpu",
         decode_library=decode_library,
         speculation=None if plan.speculation is None else SpeculationSettings(**asdict(plan.speculation)),
     )

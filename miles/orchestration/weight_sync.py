@@ -12,9 +12,9 @@ from miles.errors import RunError
 from miles.orchestration.engine_pool import EnginePool
 from miles.orchestration.train_worker import TrainWorker
 from miles.orchestration.weight_packets import WeightsDamaged
-from miles.precision.weight_format import in_format
 from miles.record import RecordWriter
 from miles.rollout.native.engine import NativeEngine
+from miles.weights.low_precision import as_stored
 
 MAX_SENDS = 3
 """Transfers of one version before the run gives up."""
@@ -28,9 +28,10 @@ class WeightSync(Protocol):
 
 
 def weights_for_engine(trainer: TrainWorker, policy: PrecisionPolicy | None) -> Iterable[tuple[str, Tensor]]:
-    """The weights of this moment under published names, as the engine sees them; policy None: as they are."""
+    """The weights of this moment under published names, as the engine holds them; policy None: as they
+    are."""
     weights = trainer.trainer.named_weights()
-    return weights if policy is None else in_format(weights, policy)
+    return weights if policy is None else as_stored(weights, policy)
 
 
 class SharedWeights:

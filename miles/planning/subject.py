@@ -195,13 +195,15 @@ class Subject:
 
     @property
     def engine_kind(self) -> EngineKind:
-        """What decides which kernel decodes; weights that are only stored in fewer bits are computed in
-        `dtype`."""
-        stored = self.config.precision.rollout_format
-        computed = stored if stored in ("bf16", "fp16", "fp32") else self.dtype
+        """What decides which kernel decodes; quantised weights are multiplied as plain numbers in `dtype`,
+        unless their format rounds activations too."""
+        policy = self.precision
+        stored: str | None = policy.rollout.name if policy else self.dtype
+        if policy is not None and not policy.rollout.is_plain and not policy.rollout.rounds_activations:
+            stored = self.dtype
         device = "cuda" if self.on_gpus else "cpu"
         guesses = self.config.sglang.speculative_algorithm is not None
-        return EngineKind(device, self.numerics, computed, self.threads.count, self.spec, guesses)
+        return EngineKind(device, self.numerics, stored, self.threads.count, self.spec, guesses)
 
     @property
     def decode(self) -> DecodePlan | None:

@@ -11,6 +11,7 @@ from typing import Literal
 from miles.algorithms.advantages import ESTIMATORS, Estimator
 from miles.algorithms.losses import PolicyLossSettings
 from miles.algorithms.reductions import Reduction
+from miles.arch.precision import PrecisionPolicy
 from miles.errors import MilesError
 from miles.models.recompute import RecomputedModule
 
@@ -114,7 +115,7 @@ class TrainerSettings:
     log-prob gap without replay. In backward the first `recompute_num_layers` layers run again, and of every
     layer the `recompute_modules`. `log_probs_chunk_size`: tokens whose logits exist at once; None lets the
     head choose. `train_mtp` trains the model's MTP layers along, to guess `mtp_training_steps` tokens ahead
-    (`native.draft`).
+    (`native.draft`). `precision`: what the forward of policy and reference rounds to; None: nothing.
     """
 
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -134,6 +135,7 @@ class TrainerSettings:
     mtp_loss_scaling_factor: float = 0.2
     non_finite_policy: NonFinitePolicy = "skip"
     fault: FaultInjection | None = None
+    precision: PrecisionPolicy | None = None
 
     @property
     def needs_old_log_probs_pass(self) -> bool:

@@ -96,11 +96,13 @@ def on_policy_with_fast_kernels(subject: Subject) -> Iterator[Found]:
     title="true on-policy mode with an engine in another number format",
     cause="weights that were rounded for the engine are another function than the trainer's; no kernel makes "
     "their bits equal",
-    fix="leave --rollout-format out",
+    fix="leave --rollout-format out, or train in the same format",
 )
 def on_policy_with_another_format(subject: Subject) -> Iterator[Found]:
-    wanted = subject.config.precision.rollout_format
-    if subject.config.alignment.true_on_policy_mode and wanted is not None and wanted != subject.dtype:
+    wanted, policy = subject.config.precision.rollout_format, subject.precision
+    if wanted is None or policy is None or policy.training == policy.rollout:
+        return
+    if subject.config.alignment.true_on_policy_mode:
         yield Found(f"{wanted} rollout with {subject.dtype} training", "precision.rollout_format")
 
 

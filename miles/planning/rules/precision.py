@@ -86,7 +86,8 @@ def exceptions_disagree(subject: Subject) -> Iterator[Found]:
     precision, spec = subject.config.precision, subject.spec
     quantisation = subject.facts.checkpoint.quantisation
     start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
-    if (start or end) and precision.fp8_format and not precision.first_last_layers_bf16:
+    megatron = subject.config.training.backend == "megatron"
+    if megatron and (start or end) and precision.fp8_format and not precision.first_last_layers_bf16:
         yield Found(
             f"{start} first and {end} last layers in bf16, but first_last_layers_bf16 is off: the trainer "
             "ignores them",

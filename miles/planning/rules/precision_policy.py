@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from miles.arch import published_tensors
@@ -83,6 +84,59 @@ def groups_do_not_fill_rows(subject: Subject) -> Iterator[Found]:
             f"{policy.rollout.name} has groups of {group}, {name}{more} rows of {columns}",
             "precision.rollout_format",
         )
+
+
+@rule(
+    "PRC13",
+    Severity.ERROR,
+    title="weights that are multiplied as one are kept apart",
+    cause="queries, keys and values, gate and up, and the experts of a layer are each one product in trainer "
+    "and engine, and a product has one format",
+    fix="name all of them in --extra-high-precision-layers-hf, or none",
+)
+def exceptions_split_products(subject: Subject) -> Iterator[Found]:
+    policy, spec = subject.precision, subject.spec
+    if policy is None or spec is None or (policy.rollout.is_plain and policy.training.is_plain):
+        return
+    kept: dict[str, list[str]] = {}
+    quantised: dict[str, str] = {}
+    for name in published_tensors(spec):
+        product = _product(name)
+        if not policy.compute(name).is_plain or not policy.storage(name).is_plain:
+            quantised.setdefault(product, name)
+        elif policy.exception(name):
+            kept.setdefault(product, []).append(name)
+    split = {product: names for product, names in kept.items() if product in quantised}
+    if split:
+        product, names = next(iter(split.items()))
+        yield Found(
+            f"{names[0]} is kept plain, {quantised[product]} is not",
+            "precision.extra_high_precision_layers_hf",
+        )
+
+
+@rule(
+    "PRC14",
+    Severity.ERROR,
+    title="FP8 training without a recipe",
+    cause="Megatron's default keeps a history of peaks for each tensor; the native trainer scales blocks by "
+    "what they hold",
+    fix="add --fp8-recipe blockwise",
+)
+def recipe_missing(subject: Subject) -> Iterator[Found]:
+    config = subject.config
+    own = config.training.backend == "native"
+    if own and config.precision.fp8_format is not None and config.precision.fp8_recipe is None:
+        yield Found(f"fp8_format {config.precision.fp8_format} and no fp8_recipe", "precision.fp8_recipe")
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_JOINED = re.compile(r"\.(?:[qkv]_proj|gate_proj|up_proj|w1|w3)\.weight$")
+
+
+def _product(name: str) -> str:
+    """What the weights that are multiplied as one have in common."""
+    return _JOINED.sub(".joined", _EXPERT.sub(".experts.", name))
 
 
 def _same_format(subject: Subject) -> tuple[PrecisionPolicy | None, Quantisation | None]:

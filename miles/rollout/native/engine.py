@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from miles.arch.draft_checkpoint import read_draft
+from miles.arch.precision import PrecisionPolicy
 from miles.arch.spec import ArchSpec
 from miles.errors import ConfigError, MilesError, RunError
 from miles.models.decoder import Decoder
@@ -31,6 +32,7 @@ from miles.rollout.native.rescore import rescore
 from miles.rollout.native.runner import Runner
 from miles.rollout.native.scheduler import Ticket, prefix_key
 from miles.weights.draft_checkpoint import load_draft
+from miles.weights.held_weights import HeldWeights
 from miles.weights.native_map import load_published
 
 NO_WEIGHTS = "it has not received weights yet"
@@ -51,6 +53,11 @@ class EngineSettings:
         speculation: guess ahead and verify; None: one token per step.
         decode_library: the compiled decode kernel (see `fused.build`), for fp32 on the CPU in fast numerics;
             None: torch decodes.
+        precision: how it holds its weights; None, or a plain rollout format: in `dtype`, which it computes in
+            whatever it holds.
+        keep_expanded: keep the plain numbers of quantised weights between products, beside the stored ones: a
+            CPU has no kernel that multiplies the stored ones, and making them for every token costs more
+            than the products.
     """
 
     max_context_len: int
@@ -63,6 +70,8 @@ class EngineSettings:
     numerics: Numerics = FAST
     speculation: SpeculationSettings | None = None
     decode_library: Path | None = None
+    precision: PrecisionPolicy | None = None
+    keep_expanded: bool = False
 
     @property
     def slots(self) -> int:
@@ -123,6 +132,7 @@ class NativeEngine:
             settings.speculation,
         )
         self._own: tuple[Decoder, MtpDraft | None] | None = None
+        self.held: HeldWeights | None = None
         self._calls: set[Call] = set()
         self._steps: asyncio.Task[None] | None = None
         self._resumed: asyncio.Event | None = None
@@ -181,7 +191,8 @@ class NativeEngine:
             self._resumed = None
 
     async def receive_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Load every weight by its published name into the engine's own decoder.
+        """Load every weight by its published name into the engine's own decoder; quantised ones in the
+        tensors of their format (`weights.low_precision.as_stored`).
 
         When loading fails the engine serves nothing until weights arrive whole.
         """
@@ -189,16 +200,24 @@ class NativeEngine:
             self._own = self._allocate()
         decoder, draft = self._own
         self._broken = f"receiving weight version {version} failed half way"
-        load_published(decoder, weights, draft=draft)
+        if self.held is None:
+            load_published(decoder, weights, draft=draft)
+        else:
+            self.held.load(weights)
         self._use(decoder, draft, version)
 
     def _allocate(self) -> tuple[Decoder, MtpDraft | None]:
         """Room for the weights of the policy, and of its MTP layers where it has any."""
-        decoder = Decoder(self.spec, self.settings.dtype)
-        draft = None if self.spec.mtp is None else MtpDraft(self.spec, self.settings.dtype)
+        device, dtype, precision = self._runner.device, self.settings.dtype, self.settings.precision
+        quantised = precision is not None and not precision.rollout.is_plain
+        with torch.device("meta" if quantised else device):
+            decoder = Decoder(self.spec, dtype)
+            draft = None if self.spec.mtp is None else MtpDraft(self.spec, dtype)
+        if precision is not None and quantised:
+            self.held = HeldWeights(precision, decoder, draft, dtype, device, self.settings.keep_expanded)
         for part in (decoder, draft):
             if part is not None:
-                part.to(self._runner.device).requires_grad_(False)
+                part.requires_grad_(False)
                 part.use_numerics(self.settings.numerics)
         return decoder, draft
 
@@ -209,7 +228,7 @@ class NativeEngine:
         assert decoder.spec == self.spec.policy, "a decoder of another architecture"
         assert decoder.embed.dtype == self.settings.dtype, "shared weights have the engine's dtype"
         assert decoder.numerics == self.settings.numerics, "shared weights are used alike on both sides"
-        self._own = None
+        self._own = self.held = None
         self._use(decoder, draft, version)
 
     def _use(self, decoder: Decoder, draft: MtpDraft | None, version: int) -> None:

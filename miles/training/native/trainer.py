@@ -46,6 +46,7 @@ from miles.training.native.tensor_layout import TensorLayout, WholeTensors
 from miles.training.native.update import OptimizerStep, Update
 from miles.training.settings import TrainerSettings
 from miles.training.trainer import LogProbs, ModelRole, TrainResult
+from miles.weights.low_precision import fake_quantise
 from miles.weights.native_map import joint, to_published
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class NativeTrainer:
         """Set for a run that promises the engine's bits."""
         self.optimizer = self._make_optimizer(self.decoder)
         self.draft = self._make_draft()
+        if settings.precision is not None:
+            fake_quantise(settings.precision, self.decoder, self.draft)
         self.draft_training = self._make_draft_training()
         knobs = Knobs.from_settings(settings)
         self.state = TrainerState(
@@ -112,6 +115,8 @@ class NativeTrainer:
             return
         if self.reference is None:
             self.reference = self._make_decoder().requires_grad_(False)
+            if self.settings.precision is not None:
+                fake_quantise(self.settings.precision, self.reference)
         native = dict(self.reference.named_parameters())
         self.layout.load(self.spec.policy, native, tensors, where="reference weights")
 

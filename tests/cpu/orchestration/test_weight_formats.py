@@ -32,11 +32,16 @@ def trainer() -> TrainWorker:
 
 def engine_for(trainer: TrainWorker, target: PrecisionPolicy) -> NativeEngine:
     dtype = PLAIN.get(target.rollout.name, torch.float32)
-    return NativeEngine(trainer.trainer.spec, EngineSettings(max_context_len=32, seed=1, dtype=dtype))
+    settings = EngineSettings(max_context_len=32, seed=1, dtype=dtype, precision=target)
+    return NativeEngine(trainer.trainer.spec, settings)
 
 
 def served_by(engine: NativeEngine) -> dict[str, torch.Tensor]:
-    decoder: Any = engine._runner.decoder
+    """Under published names; quantised weights as the numbers they stand for."""
+    decoder = engine.decoder
+    for block in decoder.modules():
+        for name in getattr(block, "operands", {}):
+            block.register_parameter(name, torch.nn.Parameter(block.matrix(name), requires_grad=False))
     return dict(to_published(decoder))
 
 

@@ -143,6 +143,7 @@ def all_but_one() -> Change:
 ONE_NODE = "--actor-num-nodes 1 --rollout-batch-size 32"
 FP8 = "--fp8-format e4m3 --fp8-recipe blockwise --rollout-format fp8 --sglang-expert-parallel-size 8"
 INT4 = "--int4-qat --rollout-format int4"
+BLOCKWISE = "--fp8-format e4m3 --fp8-recipe blockwise --rollout-format fp8"
 NVFP4 = "--fp4-format e2m1 --fp4-recipe nvfp4 --rollout-format nvfp4"
 
 MIB = 1024**2
@@ -531,6 +532,11 @@ CASES: dict[str, tuple[Case, Case]] = {
         Case("--rollout-format mxfp8", facts=arch(hidden_size=48)),
         Case("--rollout-format mxfp8 --use-tis"),
     ),
+    "PRC13": (
+        Case(f"{BLOCKWISE} --extra-high-precision-layers-hf q_proj"),
+        Case(f"{BLOCKWISE} --extra-high-precision-layers-hf q_proj k_proj v_proj"),
+    ),
+    "PRC14": (Case("--fp8-format e4m3 --rollout-format fp8"), Case(BLOCKWISE)),
     "ALN3": (
         scaled("--sglang-enable-return-routed-experts=false"),
         scaled("--sglang-enable-return-routed-experts"),
@@ -553,7 +559,7 @@ CASES: dict[str, tuple[Case, Case]] = {
     ),
     "ALN8": (
         Case("--true-on-policy-mode --rollout-format bf16"),
-        Case("--true-on-policy-mode --rollout-format fp32"),
+        Case(f"--true-on-policy-mode {BLOCKWISE}"),
     ),
     "ALN9": (
         Case("--true-on-policy-mode", facts=windowed),

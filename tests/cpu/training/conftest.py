@@ -28,6 +28,8 @@ from miles.models.routing import Router
 from miles.training.native.trainer import NativeTrainer
 from miles.training.settings import TrainerSettings
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 torch.set_num_threads(1)
 
 

@@ -118,7 +118,9 @@ class Kernel:
         weakref.finalize(self, library.destroy, self._model)
 
     def load(self, decoder: Decoder) -> None:
-        """Pack the matrices of `decoder` anew; its norms, biases and embedding are read where they are."""
+        """Pack the matrices of `decoder` anew, quantised ones as the numbers they stand for; norms, biases
+        and embedding are read where they are.
+        """
         kept: list[torch.Tensor] = []
 
         def at(tensor: torch.Tensor | None) -> int | None:
@@ -135,11 +137,11 @@ class Kernel:
         for weights, layer in zip(layers, decoder.layers, strict=True):
             block, mlp = layer.attention, layer.mlp
             weights.input_norm, weights.post_norm = at(layer.input_norm), at(layer.post_norm)
-            weights.qkv, weights.qkv_bias = at(block.qkv), at(block.qkv_bias)
+            weights.qkv, weights.qkv_bias = at(block.matrix("qkv")), at(block.qkv_bias)
             weights.q_norm, weights.k_norm = at(block.q_norm), at(block.k_norm)
-            weights.o, weights.o_bias = at(block.o), at(block.o_bias)
+            weights.o, weights.o_bias = at(block.matrix("o")), at(block.o_bias)
             weights.router = at(mlp.router) if isinstance(mlp, MoeMlp) else None
-            weights.gate_up, weights.down = at(mlp.gate_up), at(mlp.down)
+            weights.gate_up, weights.down = at(mlp.matrix("gate_up")), at(mlp.matrix("down"))
         self._weights = tuple(kept)
         self._library.load(self._model, model, layers)
 
