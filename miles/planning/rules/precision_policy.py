@@ -96,21 +96,20 @@ def groups_do_not_fill_rows(subject: Subject) -> Iterator[Found]:
 )
 def exceptions_split_products(subject: Subject) -> Iterator[Found]:
     policy, spec = subject.precision, subject.spec
-    if policy is None or spec is None or (policy.rollout.is_plain and policy.training.is_plain):
+    if policy is None or spec is None or not policy.kept:
         return
-    kept: dict[str, list[str]] = {}
+    kept: dict[str, str] = {}
     quantised: dict[str, str] = {}
     for name in published_tensors(spec):
         product = _product(name)
         if not policy.compute(name).is_plain or not policy.storage(name).is_plain:
             quantised.setdefault(product, name)
         elif policy.exception(name):
-            kept.setdefault(product, []).append(name)
-    split = {product: names for product, names in kept.items() if product in quantised}
-    if split:
-        product, names = next(iter(split.items()))
+            kept.setdefault(product, name)
+    split = next((product for product in kept if product in quantised), None)
+    if split is not None:
         yield Found(
-            f"{names[0]} is kept plain, {quantised[product]} is not",
+            f"{kept[split]} is kept plain, {quantised[split]} is not",
             "precision.extra_high_precision_layers_hf",
         )
 

@@ -50,8 +50,9 @@ def test_a_machine_without_a_compiler_takes_torch(plan: Callable[..., Plan]) -> 
     assert str(plan(compiler=None).decode) == "torch: no compiler"
 
 
-def test_weights_stored_as_fp8_are_computed_in_fp32(plan: Callable[..., Plan]) -> None:
-    assert str(plan("--rollout-format fp8").decode) == "fused (AVX-512)"
+def test_int4_weights_are_computed_in_fp32_and_fp8_rounds_activations_too(plan: Callable[..., Plan]) -> None:
+    assert str(plan("--int4-qat --rollout-format int4").decode) == "fused (AVX-512)"
+    assert str(plan("--rollout-format fp8").decode) == "torch: the engine computes in fp8"
 
 
 def test_a_supervised_run_decodes_nothing(plan: Callable[..., Plan]) -> None:

@@ -155,7 +155,7 @@ CASES: dict[str, tuple[Case, Case]] = {
     "CAP3": (Case("--train-backend megatron"), Case("--train-backend native --executor inline")),
     "CAP4": (scaled(FP8, on("16xA100")), scaled(FP8, on("16xH100"))),
     "CAP5": (
-        Case("--rollout-format int4", facts=checkpoint(has_mtp_weights=True)),
+        Case("--rollout-format nvfp4", facts=checkpoint(has_mtp_weights=True)),
         Case("--rollout-format fp32"),
     ),
     "CAP6": (Case("--dtype fp16"), Case("--dtype bf16")),

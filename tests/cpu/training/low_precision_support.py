@@ -78,10 +78,10 @@ class Pair:
         return self.trainer.log_probs(self._rollout(samples, tokens)).metrics[GAP]
 
     def _rollout(self, samples: int, tokens: int) -> TrainBatch:
-        prompts = [[3 + i, 7, 11 + i, 5][: 2 + i % 3] for i in range(samples)]
+        prompts = [[3 + i // 2, 7, 11 + i // 2, 5][: 2 + i // 2 % 3] for i in range(samples)]
         sampling = SamplingParams(max_new_tokens=tokens)
         requests = [
-            GenerateRequest(input_ids=prompt, sampling=sampling, sample_key=i, group=i)
+            GenerateRequest(input_ids=prompt, sampling=sampling, sample_key=i, group=i // 2)
             for i, prompt in enumerate(prompts)
         ]
         outputs = asyncio.run(self.engine.generate(requests))
@@ -95,7 +95,7 @@ class Pair:
                     reward=float(i % 2),
                     rollout_log_probs=output.log_probs,
                     rollout_routed_experts=output.routed_experts,
-                    group_index=i,
+                    group_index=i // 2,
                     index=i,
                     rollout_id=i,
                 )

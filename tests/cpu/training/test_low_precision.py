@@ -62,9 +62,10 @@ def test_both_sides_multiply_the_same_numbers_and_the_engine_holds_few_bits(
     assert rounded == (4 if name == "int4" else 12), "INT4 takes the experts alone"
     held = pair.engine.held
     assert held is not None and held.dtypes == STORED_AS[name]
+    plain = {n for n, _ in pair.trainer.named_weights() if pair.policy.storage(n).is_plain}
     sent = as_stored(pair.trainer.named_weights(), pair.policy)
-    parts = [t for n, t in sent if t.dtype in STORED_AS[name] - {torch.bfloat16, torch.float32}]
-    assert held.nbytes > sum(tensor.nbytes for tensor in parts), "values and scales"
+    parts = {n: tensor for n, tensor in sent if n not in plain and not n.endswith("_shape")}
+    assert held.nbytes == sum(tensor.nbytes for tensor in parts.values())
 
 
 def test_gradients_pass_through_the_rounding_of_weights() -> None:
