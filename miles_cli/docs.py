@@ -10,6 +10,7 @@ GENERATORS = (
     "miles.record.reference",
     "miles.diagnosis.reference",
     "miles.planning.reference",
+    "miles.planning.scale_page",
     "miles_cli.dashboard.reference",
 )
 OUTPUT = "docs/reference"
