@@ -68,7 +68,11 @@ def weighted_values(p: Tensor, v: Tensor) -> Tensor:
 
 
 class ExactCachedAttention:
-    """`CachedAttention` with the bits of `ExactPackedAttention`. The cache holds `padded_keys` positions."""
+    """`CachedAttention` with the bits of `ExactPackedAttention`. The cache holds `padded_keys` positions.
+
+    A product that needs more rows than a key head has queries also reads those of the next key heads, whose
+    results nobody reads: that costs no copy, and softmax is spared the rows.
+    """
 
     def __init__(self, cache: KVCache, lengths: Tensor, min_queries: int) -> None:
         self._cache = cache
@@ -78,19 +82,44 @@ class ExactCachedAttention:
         self._min_queries = min_queries
         slots = torch.arange(self.num_sequences, device=lengths.device)
         self._rows = cache.rows(slots, lengths)
-        self._mask = beyond_mask(lengths, self.num_keys, torch.float32)
-        self._mask = self._mask.repeat_interleave(cache.num_kv_heads, 0)
+        self._mask = beyond_mask(lengths, self.num_keys, torch.float32).unsqueeze(1)
+        self._held: dict[int, tuple[_OverlappingRows, _OverlappingRows]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         cache, n, groups = self._cache, self.num_sequences, spec.num_heads // spec.num_kv_heads
         cache.write(layer, self._rows, k, v)
         keys = cache.keys[layer, :n, :, : self.num_keys].flatten(0, 1).float()
         values = cache.values[layer, :n, :, : self.num_keys].flatten(0, 1).float()
-        queries = (q.float() * spec.head_dim**-0.5).view(n * spec.num_kv_heads, groups, spec.head_dim)
-        if groups < self._min_queries:
-            queries = F.pad(queries, (0, 0, 0, self._min_queries - groups))
-        out = weighted_values(probabilities(queries, keys, 0, self._mask), values)
+        queries, p = self._buffers(groups)
+        torch.mul(q.float(), spec.head_dim**-0.5, out=queries.own.view(q.shape))
+        scores = bmm(queries.read, keys.transpose(1, 2)).unflatten(0, (n, -1))
+        softmax(scores[:, :, :groups] + self._mask, out=p.own)
+        out = weighted_values(p.read, values)
         return out[:, :groups].reshape(n, spec.query_width).to(q.dtype)
+
+    def _buffers(self, groups: int) -> tuple[_OverlappingRows, _OverlappingRows]:
+        """Queries and probabilities; all layers use the same."""
+        if groups not in self._held:
+            shape = (self.num_sequences, self._cache.num_kv_heads, groups)
+            self._held[groups] = (
+                _OverlappingRows(shape, self._cache.head_dim, self._min_queries, self._mask.device),
+                _OverlappingRows(shape, self.num_keys, self._min_queries, self._mask.device),
+            )
+        return self._held[groups]
+
+
+class _OverlappingRows:
+    """fp32 rows of G queries for each of B = n * Hkv products, written through `own` [n, Hkv, G, width], and
+    read as [B, M, width], M = max(G, least): the rows of a product and the next ones; behind the last stand
+    zeros."""
+
+    def __init__(self, shape: tuple[int, int, int], width: int, least: int, device: torch.device) -> None:
+        n, kv_heads, groups = shape
+        rows, height = n * kv_heads * groups, max(groups, least)
+        held = torch.empty(rows + height - groups, width, device=device)
+        held[rows:].zero_()
+        self.own = held[:rows].view(*shape, width)
+        self.read = held.as_strided((n * kv_heads, height, width), (groups * width, width, 1))
 
 
 class ExactChunkAttention:

@@ -8,13 +8,14 @@ order: no scatter-add, so the sum of a token does not depend on the other tokens
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from miles.models.expert_rows import ExpertRows, filled_rows, sorted_rows
 from miles.models.grouped import grouped_mm, grouped_outer
+from miles.models.invariant import bmm
 from miles.models.row_blocks import RowBlocks, products
 from miles.models.swiglu import Forward, swiglu_backward, swiglu_forward
 
@@ -24,8 +25,8 @@ class ExpertKernels:
     """What of the computation may be chosen.
 
     Attributes:
-        blocks: groups are computed in such blocks, filled up with copies of the first token, whose results
-            nobody reads (an empty group stays empty). None: each group at once.
+        blocks: groups are filled up to such blocks with copies of the first token, whose results nobody reads
+            (`filled_rows`). None: each group at once.
         activation: [P, 2I] -> [P, I] without autograd.
         rounded: [P, I] -> what the second projection multiplies; None: as it is. Backward passes straight
             through it.
@@ -41,19 +42,6 @@ class ExpertKernels:
 FAST = ExpertKernels()
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Rows grouped by expert: the token of each row [P], the row of each (token, slot) [R], group ends [E].
-
-    `cut`: groups are filled up, and computed in blocks of these sizes, each of one expert.
-    """
-
-    tokens: Tensor
-    place: Tensor
-    ends: Tensor
-    cut: list[tuple[int, int]] | None = None
-
-
 def routed_experts(
     x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, kernels: ExpertKernels = FAST
 ) -> Tensor:
@@ -66,43 +54,30 @@ def routed_experts(
     Returns:
         [T, D].
     """
-    rows = _group_by_expert(ids, gate_up.shape[0], kernels.blocks)
+    rows = _group_by_expert(ids, gate_up, kernels.blocks)
     if torch.is_grad_enabled():
         return _RoutedExperts.apply(x, weights, gate_up, down, rows, kernels)
     return _forward(x, weights, gate_up, down, rows, kernels)[0]
 
 
-def _group_by_expert(ids: Tensor, num_experts: int, blocks: RowBlocks | None) -> _Rows:
-    flat, top_k = ids.flatten(), ids.shape[1]
-    order = torch.argsort(flat, stable=True)
-    place = torch.argsort(order)
-    ends = torch.bincount(flat, minlength=num_experts).cumsum(0, dtype=torch.int32)
-    tokens = order // top_k
-    return _Rows(tokens, place, ends) if blocks is None else _filled(order, tokens, flat, ends, blocks)
+def _group_by_expert(ids: Tensor, gate_up: Tensor, blocks: RowBlocks | None) -> ExpertRows:
+    num_experts = gate_up.shape[0]
+    if blocks is None:
+        return sorted_rows(ids, num_experts)
+    # Backward needs groups without rows of experts that nobody chose.
+    batched = ids.device.type == "cpu" and not torch.is_grad_enabled()
+    return filled_rows(ids, num_experts, blocks, gate_up[0].numel() if batched else 0)
 
 
-def _filled(order: Tensor, tokens: Tensor, expert: Tensor, ends: Tensor, blocks: RowBlocks) -> _Rows:
-    """Groups cut into blocks, the last of each filled up with copies of the first token."""
-    own_ends = ends.tolist()
-    cuts = [blocks.cut(end - start) for start, end in pairwise([0, *own_ends])]
-    filled_ends = list(accumulate(map(sum, cuts)))
-    # A group moves by the rows with which those before it were filled up.
-    shifts = [filled - own for filled, own in zip([0, *filled_ends], [0, *own_ends], strict=True)]
-    at = torch.tensor(shifts, device=order.device).index_select(0, expert.index_select(0, order))
-    at += torch.arange(len(order), device=order.device)
-    return _Rows(
-        tokens=tokens.new_zeros(filled_ends[-1]).index_copy_(0, at, tokens),
-        place=torch.empty_like(at).index_copy_(0, order, at),
-        ends=torch.tensor(filled_ends, dtype=torch.int32, device=order.device),
-        cut=[(expert, size) for expert, cut in enumerate(cuts) for size in cut],
-    )
-
-
-def _project(rows: Tensor, matrices: Tensor, layout: _Rows, blocks: RowBlocks | None) -> Tensor:
+def _project(rows: Tensor, matrices: Tensor, layout: ExpertRows, blocks: RowBlocks | None) -> Tensor:
     """rows [P, A] of each group times its expert's [B, A]ᵀ -> [P, B]."""
-    if blocks is None or layout.cut is None:
+    if blocks is None:
         return grouped_mm(rows, matrices.transpose(1, 2), layout.ends)
     rows, matrices_T = rows.to(blocks.dtype), matrices.to(blocks.dtype).transpose(1, 2)
+    if layout.width is not None:
+        out = bmm(rows.unflatten(0, (-1, layout.width)), matrices_T).flatten(0, 1)
+        return out.to(matrices.dtype)
+    assert layout.cut is not None
     if rows.device.type == "cpu" and all(size < blocks.sizes[-1] for _, size in layout.cut):
         # Every group is one block, and on a CPU grouped_mm is one `mm` per group.
         out = grouped_mm(rows, matrices_T, layout.ends)
@@ -113,7 +88,7 @@ def _project(rows: Tensor, matrices: Tensor, layout: _Rows, blocks: RowBlocks | 
 
 
 def _forward(
-    x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, rows: _Rows, kernels: ExpertKernels
+    x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, rows: ExpertRows, kernels: ExpertKernels
 ) -> tuple[Tensor, Tensor]:
     """The result [T, D], and the experts' first projection [P, 2I]."""
     top_k = weights.shape[1]
@@ -121,12 +96,11 @@ def _forward(
     active_PI = _rounded(kernels.activation(projected), kernels)
     out_PD = _project(active_PI, down, rows, kernels.blocks)
     slots = out_PD.index_select(0, rows.place).view(-1, top_k, x.shape[1])
+    if not kernels.fused_sum:
+        return _sum_slots(slots.mul_(weights.unsqueeze(2))), projected
     total = slots[:, 0] * weights[:, :1]
     for slot in range(1, top_k):
-        if kernels.fused_sum:
-            total.addcmul_(slots[:, slot], weights[:, slot : slot + 1])
-        else:
-            total += slots[:, slot] * weights[:, slot : slot + 1]
+        total.addcmul_(slots[:, slot], weights[:, slot : slot + 1])
     return total, projected
 
 
@@ -141,7 +115,7 @@ class _RoutedExperts(torch.autograd.Function):
         weights: Tensor,
         gate_up: Tensor,
         down: Tensor,
-        rows: _Rows,
+        rows: ExpertRows,
         kernels: ExpertKernels,
     ) -> Tensor:
         total, projected = _forward(x, weights, gate_up, down, rows, kernels)

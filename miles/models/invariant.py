@@ -16,13 +16,13 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
     return kernels.bmm(a, b)
 
 
-def softmax(x: Tensor) -> Tensor:
+def softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Over the last dimension of an fp32 tensor; without autograd on CUDA."""
     if x.device.type != "cuda":
-        return torch.softmax(x, -1)
+        return torch.softmax(x, -1) if out is None else torch.softmax(x, -1, out=out)
     from miles.models.cuda import kernels
 
-    return kernels.softmax(x)
+    return kernels.softmax(x) if out is None else out.copy_(kernels.softmax(x))
 
 
 def mm(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:

@@ -150,9 +150,6 @@ class FastNumerics:
 
 FAST = FastNumerics()
 
-SOFTMAX_STEP = 16
-"""Elements of the widest vector register: softmax over a strided dimension rounds whole registers alike."""
-
 
 @dataclass(frozen=True)
 class ExactNumerics:
@@ -173,7 +170,7 @@ class ExactNumerics:
         return experts.ExpertKernels(self._blocks(gate_up, down), self._activation, fused_sum=False)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        out = blocked_linear(x, weight, self._blocks(weight))
+        out = blocked_linear(x, weight, self.blocks[(weight.shape,), weight.dtype])
         return out if bias is None else out + bias
 
     def _blocks(self, *weights: Tensor) -> RowBlocks:
@@ -195,11 +192,7 @@ class ExactNumerics:
         logits = self.linear(x.float(), router.float())
         if scoring == "sigmoid":
             return torch.neg(logits).exp().add(1).reciprocal()
-        if self.threads > 1:
-            return torch.softmax(logits, -1)
-        rows = len(logits)
-        logits_ET = F.pad(logits.t(), (0, -rows % SOFTMAX_STEP)).contiguous()
-        return torch.softmax(logits_ET, 0).t()[:rows]
+        return torch.softmax(logits, -1)
 
     def packed_attention(
         self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None

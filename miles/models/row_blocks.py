@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,10 +28,23 @@ class RowBlocks:
     Attributes:
         sizes: row counts at which a row gets the same bits, ascending.
         dtype: of the product; wider than the operands where their own has no such counts.
+        batched: those of `sizes` at which a batched product of several matrices gives a row the same bits;
+            none where that was not tried.
     """
 
     sizes: tuple[int, ...]
     dtype: torch.dtype
+    batched: tuple[int, ...] = ()
+
+    @cached_property
+    def alone(self) -> frozenset[int]:
+        """Numbers of rows that one product computes without filling up."""
+        return frozenset(self.sizes)
+
+    def batched_rows(self, rows: int) -> int | None:
+        """The fewest rows of a batched product that hold `rows` of each matrix."""
+        at = bisect_left(self.batched, max(rows, 1))
+        return self.batched[at] if at < len(self.batched) else None
 
     def cut(self, rows: int) -> list[int]:
         """Block sizes that hold `rows`: whole largest blocks, then the smallest that holds the rest."""
@@ -43,6 +57,8 @@ class RowBlocks:
 def blocked_product(x: Tensor, weight: Tensor, blocks: RowBlocks) -> Tensor:
     """x [T, K] @ weight [N, K]ᵀ -> [T, N] in x's dtype, rounded once, without autograd."""
     rows = x.shape[0]
+    if rows in blocks.alone and blocks.dtype == x.dtype:
+        return mm(x, weight.t())
     sizes = blocks.cut(rows)
     held = sum(sizes)
     if held > rows:

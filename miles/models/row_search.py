@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from miles.errors import PreflightRefused
+from miles.models.expert_rows import CALL_MULTIPLY_ADDS
+from miles.models.invariant import bmm
 from miles.models.row_blocks import RowBlocks, products
 
 MOST_ROWS, LEAST_MOST = 1024, 64
@@ -26,6 +28,8 @@ ELEMENTS, FEWEST_ROWS = 4096, 64
 """Results compared per count: of few, some agree by chance."""
 COUNTS = (1, 4, 16, 48, 100, 256, 512, 1024, 4096)
 """Rows of a call, few of a decode step and many of a micro-batch, over which choices are compared."""
+MOST_BATCHED_ROWS, BATCHED_MATRICES = 256, 8
+"""Of the experts of a layer, computed by one batched product."""
 CALL_ROWS = 24
 """What one call costs beside its rows, in rows."""
 
@@ -77,7 +81,7 @@ def find_row_blocks(
         search = _Search(shapes, dtype, computed, torch.device(device), generator)
         for sizes in sorted(search.candidates(), key=_cost):
             if search.is_free_of_place(sizes):
-                return RowBlocks(sizes, computed)
+                return RowBlocks(sizes, computed, search.batched(sizes))
     return None
 
 
@@ -95,9 +99,12 @@ def cancelling(
     count: int, width: int, sign: float, generator: torch.Generator, device: torch.device
 ) -> Tensor:
     """Rows [count, width] whose second half repeats the first, times `sign`, in one shuffled order. The
-    product of rows of sign 1 and -1 adds up to 0."""
-    half = torch.randn(count, width // 2, generator=generator, device=device)
-    order = torch.randperm(width // 2, generator=torch.Generator().manual_seed(width)).to(device)
+    product of rows of sign 1 and -1 adds up to 0. Columns differ by powers of two, so that sums of narrow
+    numbers are rounded in fp32 too."""
+    columns = torch.Generator().manual_seed(width)
+    order = torch.randperm(width // 2, generator=columns).to(device)
+    scale = torch.exp2(torch.randint(-3, 4, (width // 2,), generator=columns)).to(device)
+    half = torch.randn(count, width // 2, generator=generator, device=device) * scale
     rest = half.new_zeros(count, width - 2 * (width // 2))
     return torch.cat((half, sign * half[:, order], rest), 1)
 
@@ -143,6 +150,22 @@ class _Search:
         for rows, matrix in self._factors:
             there = _in_blocks(rows.roll(7, 0), matrix, sizes[-1])
             if not torch.equal(there.roll(-7, 0), _in_blocks(rows, matrix, sizes[-1])):
+                return False
+        return True
+
+    def batched(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of `sizes` at which a batched product of several matrices agrees with one of each; none where
+        the rows of such a product are dear, so that filling them up would not pay."""
+        if len(self._factors) == 1 or self._factors[0][1].numel() > CALL_MULTIPLY_ADDS:
+            return ()
+        return tuple(size for size in sizes if size <= MOST_BATCHED_ROWS and self._agrees_batched(size))
+
+    def _agrees_batched(self, size: int) -> bool:
+        for rows, matrix in self._factors:
+            each = torch.stack([rows.roll(size * i, 0)[:size] for i in range(BATCHED_MATRICES)])
+            matrices = torch.stack([matrix.roll(i, 0) for i in range(BATCHED_MATRICES)]).transpose(1, 2)
+            expected = products(each.flatten(0, 1), matrices.unbind(), [size] * BATCHED_MATRICES)
+            if not torch.equal(bmm(each, matrices).flatten(0, 1), expected):
                 return False
         return True
 

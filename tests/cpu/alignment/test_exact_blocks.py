@@ -28,7 +28,9 @@ def gradients(decoder: Decoder, numerics: Numerics, lengths: tuple[int, ...]) ->
     log_probs, _ = token_log_probs(hidden, decoder.head_weight, targets, linear=numerics.linear)
     (log_probs * torch.randn(len(log_probs), generator=generator)).sum().backward()
     return {"log probs": log_probs.detach()} | {
-        name: parameter.grad.clone() for name, parameter in decoder.named_parameters()
+        name: parameter.grad.clone()
+        for name, parameter in decoder.named_parameters()
+        if parameter.requires_grad
     }
 
 

@@ -7,7 +7,8 @@ import torch
 from alignment_support import QUICKSTART
 
 from miles.errors import PreflightRefused
-from miles.models import numerics, row_blocks
+from miles.models import experts as expert_blocks
+from miles.models import numerics, row_blocks, row_search
 from miles.models.invariance import find_exact_numerics
 from miles.models.row_blocks import RowBlocks, blocked_product
 from miles.models.row_search import cancelling, find_row_blocks
@@ -53,7 +54,7 @@ def test_rows_are_cut_into_probed_counts_and_filled_up() -> None:
 
 def test_a_library_with_other_kernels_for_few_and_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in that computes up to 9 and from 300 rows on in another order."""
-    replace_products(monkeypatch, lambda rows: rows <= 9 or rows >= 300)
+    replace_products(monkeypatch, lambda x: len(x) <= 9 or len(x) >= 300)
     blocks = find_exact_numerics(QUICKSTART, torch.float32).blocks[((55, 64),), torch.float32]
     assert 9 < blocks.sizes[0] <= 16 and 128 <= blocks.sizes[-1] < 300
 
@@ -61,31 +62,66 @@ def test_a_library_with_other_kernels_for_few_and_for_many_rows(monkeypatch: pyt
 def test_products_that_depend_on_the_place_in_bf16_are_computed_in_fp32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    replace_products(monkeypatch, lambda rows: True, places=lambda x: x.dtype == torch.bfloat16)
+    replace_products(monkeypatch, lambda x: x.dtype == torch.bfloat16, places=lambda x: True)
     blocks = find_exact_numerics(QUICKSTART, torch.bfloat16).blocks
     assert {held.dtype for held in blocks.values()} == {torch.float32}
 
 
 def test_a_library_that_is_never_invariant_is_refused_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    replace_products(monkeypatch, lambda rows: True, places=lambda x: True)
+    replace_products(monkeypatch, lambda x: True, places=lambda x: True)
     with pytest.raises(PreflightRefused, match=r"with \(55, 64\) in"):
         find_exact_numerics(QUICKSTART, torch.float32)
 
 
 def replace_products(monkeypatch, other_order, places=lambda x: False) -> None:
-    """Products whose counts satisfy `other_order` are summed backwards; where `places` says so, the first
-    row alone."""
+    """Products with rows that satisfy `other_order` are summed in another one, even before odd inputs; where
+    `places` says so, the first row alone."""
     mm = torch.mm
 
     def product(x, matrix, out=None):
-        backwards = mm(x.flip(1), matrix.flip(0))
-        if not other_order(len(x)):
-            backwards = mm(x, matrix)
+        result = in_other_order(mm, x, matrix)
+        if not other_order(x):
+            result = mm(x, matrix)
         elif places(x):
-            backwards = torch.cat((backwards[:1], mm(x, matrix)[1:]))
-        return backwards if out is None else out.copy_(backwards)
+            result = torch.cat((result[:1], mm(x, matrix)[1:]))
+        return result if out is None else out.copy_(result)
 
     monkeypatch.setattr(row_blocks, "mm", product)
+
+
+def in_other_order(product, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [..., K] @ b [..., K, N], the sum over even inputs and that over odd ones each rounded."""
+    return product(a[..., ::2], b[..., ::2, :]) + product(a[..., 1::2], b[..., 1::2, :])
+
+
+def test_batched_products_in_another_order_leave_a_product_per_expert(
+    monkeypatch: pytest.MonkeyPatch, exact
+) -> None:
+    """Experts of equal groups are one batched product, where that was measured to give the same bits."""
+    experts = ((128, 64), (64, 64)), torch.float32
+    assert exact(QUICKSTART, torch.float32).blocks[experts].batched
+
+    def other_than_alone(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return in_other_order(torch.bmm, a, b)
+
+    monkeypatch.setattr(row_search, "bmm", other_than_alone)
+    monkeypatch.setattr(expert_blocks, "bmm", other_than_alone)
+    found = find_exact_numerics(QUICKSTART, torch.float32)
+    assert found.blocks[experts].sizes and not found.blocks[experts].batched
+
+
+def test_attention_whose_kernels_change_with_few_queries_computes_more_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A decode step has 2 query rows per key head here; a stand-in sums in another order below 8."""
+    from miles.models import exact_attention, path_probe
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(a, b) if a.shape[1] >= 8 else in_other_order(torch.bmm, a, b)
+
+    for module in (exact_attention, path_probe):
+        monkeypatch.setattr(module, "bmm", product)
+    assert find_exact_numerics(QUICKSTART, torch.float32).min_queries == 8
 
 
 def test_attention_that_depends_on_the_width_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,10 @@ from torch import Tensor
 from miles.arch import MtpSpec
 from miles.models.attention import CachedAttention, PackedAttention
 from miles.models.decoder import Decoder
+from miles.models.invariance import find_exact_numerics
 from miles.models.kv_cache import KVCache
 from miles.models.mtp import MtpDraft
-from miles.models.numerics import ExactNumerics
 from miles.models.routing import Router
-from miles.models.row_search import ProbedBlocks
 from miles.models.unrolled_attention import UnrolledAttention
 
 TOLERANCE = 2e-5
@@ -79,10 +78,10 @@ def test_a_row_reads_the_trunk_at_t_and_the_next_token(make_decoder, make_batch,
 def test_stepping_over_a_cache_equals_a_packed_pass(
     layer, exact, make_decoder, make_batch, make_draft
 ) -> None:
-    decoder, batch = make_decoder(), make_batch(7, 12)
+    decoder, batch = make_decoder(head_dim=16), make_batch(7, 12)
     draft = make_draft(decoder, layer)
     if exact:
-        numerics = ExactNumerics(ProbedBlocks(), min_queries=16, threads=torch.get_num_threads())
+        numerics = find_exact_numerics(decoder.spec, torch.float32)
         decoder.use_numerics(numerics)
         draft.use_numerics(numerics)
     numerics = draft.numerics
@@ -149,9 +148,9 @@ def test_the_second_layer_reads_the_first_one_a_token_later(
     changed = batch.tokens.clone()
     changed[6] = (changed[6] + 1) % 41
     other_first, other_second = run(changed)
-    assert torch.equal(first[:5], other_first[:5])
-    assert torch.equal(second[:4], other_second[:4])
-    assert not torch.equal(second[4], other_second[4])
+    assert (first[:5] - other_first[:5]).abs().max() < TOLERANCE
+    assert (second[:4] - other_second[:4]).abs().max() < TOLERANCE
+    assert (second[4] - other_second[4]).abs().max() > 100 * TOLERANCE
     draft.logits(second[:-3], decoder).logsumexp(-1).sum().backward()
     assert all(parameter.grad is not None for parameter in draft.parameters())
     assert all(parameter.grad is None for parameter in decoder.parameters())
