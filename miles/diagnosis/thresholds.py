@@ -88,6 +88,10 @@ class Thresholds:
     cache_hits: float = 0.1
     weight_density: float = 0.1
 
+    saturated: float = 0.01
+    underflow: float = 0.05
+    """Of formats of eight bits; four bits round a tenth of all weights to 0."""
+
     grad_spike_factor: float = 10.0
     grad_spike_absolute: float = 1e3
     grad_spike_window: int = 20

@@ -24,6 +24,7 @@ past by the [rules](rules.md).
 _GROUPS = {
     "train": "Loss and policy",
     "route": "Routing",
+    "precision": "Number formats",
     "rollout": "Rollout and reward",
     "perf": "Time and memory",
     "eval": "Evaluation",

@@ -82,6 +82,41 @@ PANELS = {
             ("route/expert_load_max_over_mean/layer_*",),
             "no expert load by layer in this run",
         ),
+        Panel(
+            "rounding",
+            "rounding error",
+            CHART,
+            ("precision/weight_error", "precision/activation_error"),
+            "nothing is rounded in training",
+        ),
+        Panel(
+            "rounding_map",
+            "rounding error of weights by layer",
+            HEATMAP,
+            ("precision/weight_error/layer_*",),
+            "nothing is rounded in training",
+        ),
+        Panel(
+            "underflow_map",
+            "weights lost by layer",
+            HEATMAP,
+            ("precision/weight_underflow_frac/layer_*",),
+            "nothing is rounded in training",
+        ),
+        Panel(
+            "activation_map",
+            "rounding error of activations by layer",
+            HEATMAP,
+            ("precision/activation_error/layer_*",),
+            "no activations are rounded",
+        ),
+        Panel(
+            "rounding_edges",
+            "cut off and lost",
+            CHART,
+            ("precision/*_saturated_frac", "precision/*_underflow_frac"),
+            "nothing is rounded in training",
+        ),
         Panel("aux", "balance loss", CHART, ("train/aux_loss",), "no load-balancing loss"),
         Panel("throughput", "tokens/s", CHART, ("perf/tokens_per_sec",)),
         Panel("rollout_rate", "rollout tokens/s", CHART, ("perf/rollout_tokens_per_sec",)),
@@ -108,6 +143,10 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "overview": ("reward", "gap", "entropy", "grad_norm", "kl", "flips", "length", "throughput", "flip_map"),
     "numerics": (
         "gap", "grad_norm", "mismatch_kl", "gap_p99", "ratio", "clipfrac", "tis", "ess", "non_finite",
+    ),
+    "precision": (
+        "gap", "rounding", "rounding_map", "underflow_map", "activation_map", "rounding_edges", "mismatch_kl",
+        "grad_norm", "reward",
     ),
     "moe": (
         "flip_map", "flips", "load", "load_map", "overlap", "replayed", "gap", "aux", "reward",

@@ -40,6 +40,7 @@ from miles.training.native.micro_batches import cut_micro_batches, split_optimiz
 from miles.training.native.optimizer import MasterAdamW
 from miles.training.native.probe import gap_without_replay
 from miles.training.native.ranks import OneRank, Ranks
+from miles.training.native.rounding_watch import RoundingWatch
 from miles.training.native.shared_prompts import may_share_prompts
 from miles.training.native.state import TrainerState
 from miles.training.native.tensor_layout import TensorLayout, WholeTensors
@@ -90,8 +91,10 @@ class NativeTrainer:
         """Set for a run that promises the engine's bits."""
         self.optimizer = self._make_optimizer(self.decoder)
         self.draft = self._make_draft()
+        self._rounding: RoundingWatch | None = None
         if settings.precision is not None:
             fake_quantise(settings.precision, self.decoder, self.draft)
+            self._rounding = RoundingWatch(self.decoder)
         self.draft_training = self._make_draft_training()
         knobs = Knobs.from_settings(settings)
         self.state = TrainerState(
@@ -199,6 +202,8 @@ class NativeTrainer:
         self.ranks.require_same_input(batch, self.state)
         if self.settings.algorithm.use_rollout_logprobs or self.state.knobs.corrects_importance:
             require_rollout_log_probs(batch)
+        if self._rounding is not None:
+            self._rounding.measure()
         metrics = gap_without_replay(self.decoder, batch, self.settings, self.device)
         batch, prepared = self._prepare(batch)
         metrics |= prepared
@@ -212,6 +217,8 @@ class NativeTrainer:
                 break
         if measurements is not None:
             metrics |= measurements.over(self.ranks).metrics()
+        if self._rounding is not None:
+            metrics |= self._rounding.metrics(self.ranks)
         broken = None if self.gap_watch is None else self.gap_watch.take_event()
         return _summarize(metrics, updates, stop, () if broken is None else (broken,))
 

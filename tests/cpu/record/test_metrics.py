@@ -15,7 +15,7 @@ def test_every_metric_is_declared_once_with_a_meaning_and_what_moves_it() -> Non
     names = [metric.name for metric in METRICS]
     assert len(names) == len(set(names))
     assert all(metric.meaning and metric.moved_by for metric in METRICS)
-    assert {metric.group for metric in METRICS} == {"train", "route", "rollout", "perf", "eval"}
+    assert {metric.group for metric in METRICS} == {"train", "route", "precision", "rollout", "perf", "eval"}
 
 
 @pytest.mark.parametrize(

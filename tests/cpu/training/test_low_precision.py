@@ -15,6 +15,8 @@ from miles.models.experts import ExpertKernels, routed_experts
 from miles.models.invariance import find_exact_numerics
 from miles.models.projections import Projections
 from miles.precision.fp8_block import ACTIVATIONS, fake_quantise
+from miles.precision.mxfp8 import Mxfp8
+from miles.precision.rounding_sums import rounding_sums, shares
 from miles.weights.low_precision import as_stored
 from miles.weights.low_precision import fake_quantise as round_decoder
 
@@ -158,3 +160,37 @@ def test_a_step_of_training_moves_the_rounded_policy(name: str) -> None:
     result = pair.trainer.train_step(pair._rollout(8, 8))
     assert not result.events and result.metrics["train/grad_norm"] > 0
     assert not torch.equal(before, pair.trainer.decoder.layers[1].mlp.down)
+
+
+def test_the_step_reports_what_rounding_did_layer_by_layer() -> None:
+    pair = Pair(FP8, FP8)
+    metrics = pair.trainer.train_step(pair._rollout(8, 8)).metrics
+    block = pair.trainer.decoder.layers[1].attention
+    for kind in ("weight", "activation"):
+        assert {f"precision/{kind}_error/layer_{layer}" for layer in range(3)} <= metrics.keys()
+        assert 0.02 < metrics[f"precision/{kind}_error"] < 0.04, "three bits of mantissa"
+        assert metrics[f"precision/{kind}_saturated_frac"] == 0, "scales follow the peaks"
+        assert metrics[f"precision/{kind}_underflow_frac"] < 0.01
+    exact, rounded = block.qkv.detach(), block.matrix("qkv").detach()
+    own = float((rounded - exact).norm() / exact.norm())
+    assert own == pytest.approx(metrics["precision/weight_error/layer_1"], rel=0.1)
+    plain = Pair(FP32, FP32)
+    assert not any(n.startswith("precision/") for n in plain.trainer.train_step(plain._rollout(8, 8)).metrics)
+
+
+def test_int4_reports_the_layers_with_experts_and_no_activations() -> None:
+    int4 = FORMATS["int4"]
+    pair = Pair(int4, int4)
+    metrics = pair.trainer.train_step(pair._rollout(8, 8)).metrics
+    found = {name for name in metrics if name.startswith("precision/")}
+    assert {name.rpartition("/")[2] for name in found if "layer" in name} == {"layer_1", "layer_2"}
+    assert not any("activation" in name for name in found)
+    assert 0.08 < metrics["precision/weight_error"] < 0.12
+
+
+def test_numbers_beyond_the_format_and_lost_ones_are_counted() -> None:
+    exact = torch.tensor([[448.0, 1000.0, 1e-9, 0.0] + [1.0] * 28])
+    stored = Mxfp8(exact.clamp(-448, 448).to(torch.float8_e4m3fn), torch.full((1, 1), 127, dtype=torch.uint8))
+    found = shares(rounding_sums(NumberFormat("mxfp8"), exact, stored))
+    assert found["saturated_frac"] == 1 / 32 and found["underflow_frac"] == 1 / 31
+    assert found["error"] == pytest.approx(552 / float(exact.norm()))

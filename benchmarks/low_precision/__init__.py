@@ -1,0 +1,1 @@
+"""Training and sampling in few bits: the gap between both sides, and the reward that is reached."""
