@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from miles.arch.spec import Dtype, LinearScaling, Llama3Scaling, RopeSpec
+from miles.arch.spec import Dtype, LinearScaling, Llama3Scaling, RopeSpec, YarnScaling
 from miles.errors import CheckpointError
 
 _DTYPES: dict[str, Dtype] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -13,6 +13,17 @@ HF_DTYPE_NAMES: dict[Dtype, str] = {ours: theirs for theirs, ours in _DTYPES.ite
 
 LLAMA3, LINEAR = "llama3", "linear"
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+YARN = "yarn"
+YARN_KEYS = {
+    "factor": "factor",
+    "original_positions": "original_max_position_embeddings",
+    "fast_turns": "beta_fast",
+    "slow_turns": "beta_slow",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+}
+"""Fields of `YarnScaling` by their keys in config.json."""
 
 PARTIAL_ROTARY = "partial_rotary_factor"
 
@@ -129,22 +140,39 @@ class HfConfig:
         if value != supported:
             self.problem(f"{name} = {value!r} is not supported (only {supported!r})")
 
-    def rope(self, head_dim: int, rotated: float = 1.0) -> RopeSpec:
+    def rope(
+        self, head_dim: int, rotated: float = 1.0, scalings: tuple[str, ...] = (LLAMA3, LINEAR)
+    ) -> RopeSpec:
         """Rotary embedding: `rope_theta` with `rope_scaling`, or `rope_parameters` as transformers 5 writes
-        it. `rotated`: the part of a head that is rotated where config.json does not say.
+        it. `rotated`: the part of a head that is rotated where config.json does not say. `scalings`: the
+        kinds of scaling that the family has.
         """
         parameters = self.values.get("rope_parameters") or {}
         key = "rope_scaling" if self.values.get("rope_scaling") else "rope_parameters"
         scaling = self.values.get(key) or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ("default", LLAMA3, LINEAR):
-            self.problem(f"{key} of type {kind!r} is not supported (only 'default', {LLAMA3!r}, {LINEAR!r})")
+        if kind not in ("default", *scalings):
+            known = ", ".join(map(repr, ("default", *scalings)))
+            self.problem(f"{key} of type {kind!r} is not supported (only {known})")
+            kind = "default"
         theta = parameters.get("rope_theta", self.values.get("rope_theta"))
         if not (_is_number(theta) and theta > 0):
             self._wrong("rope_theta", "rope_theta", theta, "a number > 0")
             theta = 1.0
         width = self._rotary_width(parameters, head_dim, rotated)
         return RopeSpec(float(theta), self._scaling(kind, scaling), width)
+
+    def _yarn_scaling(self, table: Mapping[str, Any]) -> YarnScaling | None:
+        if table.get("attention_factor") is not None or table.get("truncate") is False:
+            self.problem(f"rope_scaling of type {YARN!r} with attention_factor or truncate is not supported")
+        values = {name: table.get(key, 0.0) for name, key in YARN_KEYS.items()}
+        if not all(_is_number(value) and value >= 0 for value in values.values()) or not all(
+            values[name] for name in ("factor", "original_positions", "fast_turns", "slow_turns")
+        ):
+            self.problem(f"rope_scaling of type {YARN!r} needs {', '.join(list(YARN_KEYS.values())[:4])}")
+            return None
+        numbers = {name: float(value) for name, value in values.items()}
+        return YarnScaling(**numbers | {"original_positions": int(values["original_positions"])})  # type: ignore[arg-type]
 
     def _rotary_width(self, table: Mapping[str, Any], head_dim: int, rotated: float) -> int | None:
         """Rotated elements of a head; None: all of them."""
@@ -155,7 +183,11 @@ class HfConfig:
             return None
         return None if width == head_dim else width
 
-    def _scaling(self, kind: Any, table: Mapping[str, Any]) -> Llama3Scaling | LinearScaling | None:
+    def _scaling(
+        self, kind: Any, table: Mapping[str, Any]
+    ) -> Llama3Scaling | LinearScaling | YarnScaling | None:
+        if kind == YARN:
+            return self._yarn_scaling(table)
         if kind == LINEAR:
             return self._linear_scaling(table)
         return self._llama3_scaling(table) if kind == LLAMA3 else None
@@ -205,6 +237,8 @@ def rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:
         return None
     if isinstance(scaling, LinearScaling):
         return {"rope_type": LINEAR, "factor": scaling.factor}
+    if isinstance(scaling, YarnScaling):
+        return {"type": YARN} | {key: getattr(scaling, name) for name, key in YARN_KEYS.items()}
     values = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_positions)
     return {"rope_type": LLAMA3} | dict(zip(LLAMA3_KEYS, values, strict=True))
 

@@ -5,6 +5,7 @@ All sizes are counts (heads, experts, layers) or widths in elements. Nothing her
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -39,13 +40,86 @@ class LinearScaling:
 
 
 @dataclass(frozen=True)
+class YarnScaling:
+    """Longer contexts by slower rotation: pairs that turn less than `slow_turns` times within
+    `original_positions` are slowed by `factor`, those that turn more than `fast_turns` times are not, with a
+    ramp between (https://arxiv.org/abs/2309.00071). `mscale`, `mscale_all_dim`: by how much scores grow with
+    log(factor), on rotated pairs and on all; 0: not given.
+    """
+
+    factor: float
+    original_positions: int
+    fast_turns: float = 32.0
+    slow_turns: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+    @property
+    def magnitude(self) -> float:
+        """What rotated pairs are multiplied with."""
+        if self.mscale and self.mscale_all_dim:
+            return self._growth(self.mscale) / self._growth(self.mscale_all_dim)
+        return self._growth(1.0)
+
+    @property
+    def score_growth(self) -> float:
+        """What the scale of all scores is multiplied with."""
+        return self._growth(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
+    def _growth(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+@dataclass(frozen=True)
 class RopeSpec:
     """Rotary position embedding (https://arxiv.org/abs/2104.09864)."""
 
     theta: float
-    scaling: Llama3Scaling | LinearScaling | None = None
+    scaling: Llama3Scaling | LinearScaling | YarnScaling | None = None
     width: int | None = None
     """Elements at the start of a head that are rotated; None: all."""
+    interleaved: bool = False
+    """Whether published weights rotate elements 2 i and 2 i + 1 together; otherwise i and i + width / 2."""
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Multi-head latent attention: queries, keys and values of all heads are projections of low rank
+    (https://arxiv.org/abs/2405.04434, section 2.1). A head's query and key have `plain_dim` elements of its
+    own and `rotated_dim` rotated ones, whose key all heads share.
+    """
+
+    query_rank: int | None
+    """None: queries are projected from the hidden state at once."""
+    kv_rank: int
+    plain_dim: int
+    rotated_dim: int
+    value_dim: int
+
+    @property
+    def query_dim(self) -> int:
+        return self.plain_dim + self.rotated_dim
+
+    @property
+    def down_widths(self) -> tuple[int, int, int]:
+        """Rows of the fused projection from the hidden state: query, key and value, rotated key. With a
+        query rank of None the first is 0."""
+        return self.query_rank or 0, self.kv_rank, self.rotated_dim
+
+
+@dataclass(frozen=True)
+class IndexerSpec:
+    """Sparse attention: a query sees the `top_k` keys that score highest with a small attention of its own,
+    sum over heads of weight * relu(q k) (https://arxiv.org/abs/2512.02556, section 2.1). It gets no gradient.
+    """
+
+    num_heads: int
+    head_dim: int
+    top_k: int
+
+    def num_parameters(self, hidden_size: int, query_rank: int) -> int:
+        projections = self.num_heads * self.head_dim * query_rank + self.head_dim * hidden_size
+        return projections + self.num_heads * hidden_size + 2 * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -54,6 +128,9 @@ class AttentionSpec:
 
     A token sees itself and all before it; `window`: itself and the `window` - 1 tokens before it.
     `softcap`: scores s become softcap · tanh(s / softcap) (https://arxiv.org/abs/2408.00118).
+
+    With `latent`, this is the attention over latents: one key head, the latent followed by the rotated key,
+    whose values are the keys (queries absorb the projection from latent to keys, outputs that to values).
     """
 
     num_heads: int
@@ -69,6 +146,27 @@ class AttentionSpec:
     """Factor of the scores; None: head_dim ** -0.5."""
     window: int | None = None
     softcap: float | None = None
+    latent: LatentSpec | None = None
+    indexer: IndexerSpec | None = None
+    """Keys of the indexer stand behind the others in a row of the cache."""
+
+    @property
+    def cache_dim(self) -> int:
+        """Elements of a key head in the cache."""
+        return self.head_dim + (self.indexer.head_dim if self.indexer else 0)
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that the cache holds of a token."""
+        return self.num_kv_heads * self.cache_dim * (1 if self.latent else 2)
+
+    @property
+    def kept_width(self) -> int:
+        """Numbers of a token that backward keeps: projections, and what attention gives."""
+        if self.latent is None:
+            return self.qkv_width + self.query_width
+        projected = sum(self.latent.down_widths) + self.num_heads * self.latent.query_dim
+        return projected + 2 * self.query_width + self.kv_width + self.num_heads * self.latent.value_dim
 
     @property
     def rotary_width(self) -> int:
@@ -88,7 +186,7 @@ class AttentionSpec:
     @property
     def is_plain(self) -> bool:
         """Whether every token sees all before it, by scores as they are."""
-        return self.window is None and self.softcap is None
+        return self.window is None and self.softcap is None and self.indexer is None
 
     @property
     def query_factor(self) -> float:
@@ -108,8 +206,29 @@ class AttentionSpec:
         """Rows of the fused query, key and value projection."""
         return self.query_width + 2 * self.kv_width
 
+    def query_parameters(self, hidden_size: int) -> int:
+        """Matrices of queries and output."""
+        latent = self.latent
+        if latent is None:
+            return 2 * self.query_width * hidden_size
+        rank, width = latent.query_rank, self.num_heads * latent.query_dim
+        queries = width * hidden_size if rank is None else rank * (hidden_size + width)
+        return queries + self.num_heads * latent.value_dim * hidden_size
+
+    def key_value_parameters(self, hidden_size: int) -> int:
+        """Matrices of keys and values."""
+        latent = self.latent
+        if latent is None:
+            return 2 * self.kv_width * hidden_size
+        up = self.num_heads * (latent.plain_dim + latent.value_dim) * latent.kv_rank
+        return (latent.kv_rank + latent.rotated_dim) * hidden_size + up
+
     def num_parameters(self, hidden_size: int) -> int:
-        projections = (self.qkv_width + self.query_width) * hidden_size
+        projections = self.query_parameters(hidden_size) + self.key_value_parameters(hidden_size)
+        if self.latent is not None:
+            rank = self.latent.query_rank or 0
+            indexer = self.indexer.num_parameters(hidden_size, rank) if self.indexer else 0
+            return projections + rank + self.latent.kv_rank + indexer
         biases = self.qkv_bias * self.qkv_width + self.output_bias * hidden_size
         return projections + biases + self.qk_norm * (self.q_norm_width + self.k_norm_width)
 

@@ -25,7 +25,7 @@ _PATTERNS: tuple[tuple[Role, str], ...] = (
     ("embedding", r"(^|\.)embed_tokens(_per_layer)?\.weight$"),
     ("head", r"(^|\.)(lm_head|shared_head\.head)\.weight$"),
     ("norm", r"norm[^.]*\.weight$"),
-    ("router", r"\.(gate|router|shared_expert_gate)\.weight$"),
+    ("router", r"\.(gate|router|shared_expert_gate|indexer\.weights_proj)\.weight$"),
     ("expert", r"\.experts\."),
     ("shared expert", r"\.shared_experts?\."),
     ("MTP projection", r"(\.eh_proj|(^|\.)mtp\.fc)\.weight$"),

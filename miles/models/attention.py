@@ -16,6 +16,7 @@ from torch import Tensor
 from miles.arch.spec import AttentionSpec
 from miles.models.kv_cache import KVCache
 from miles.models.softcap import softcapped
+from miles.models.sparse_attention import attend_to_chosen
 from miles.models.token_grid import TokenGrid
 from miles.models.visible import attend_blocks, attend_visible, first_seen, seen
 
@@ -71,6 +72,20 @@ class PackedAttention:
         out = F.scaled_dot_product_attention(q_grid, k_grid, v_grid, is_causal=True, enable_gqa=True)
         return self.grid.flatten(out)
 
+    def attend_sparse(
+        self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """See `sparse_attention.SparseAttention`."""
+        if self._cache is not None:
+            self._cache.write(layer, self._cache_rows, rows, rows)
+        queries, keys, index, weights = (
+            self.grid.lay_out(x, self.max_len) for x in (q, rows, index_q, index_weights.unsqueeze(-1))
+        )
+        ahead = torch.full((self.max_len, self.max_len), float("-inf"), dtype=q.dtype, device=q.device)
+        mask = ahead.triu_(1).unsqueeze(0)
+        out = attend_to_chosen(queries, keys.squeeze(1), mask, index, weights.squeeze(-1), spec)
+        return self.grid.flatten(out)
+
     def explicit(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Laid out in the grid, L tokens wide: q [N, H, L, d], k, v [N, Hkv, L, d] -> [N, H, L, d]."""
         batch, d = k.shape[0] * k.shape[1], k.shape[3]
@@ -113,6 +128,19 @@ class ChunkAttention:
             out = attend_visible(queries[None], keys[None], values[None], mask[None, None], spec)
             outputs.append(out[0].transpose(0, 1).flatten(1))
         return torch.cat(outputs)
+
+    def attend_sparse(
+        self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """See `sparse_attention.SparseAttention`."""
+        cache = self._cache
+        cache.write(layer, self._rows, rows, rows)
+        held = cache.keys[layer, self._slot, 0, : self._stop].unsqueeze(0)
+        positions = torch.arange(self._start, self._stop, device=q.device)
+        mask = beyond_mask(positions, self._stop, q.dtype).transpose(0, 1)
+        queries, index = (x.transpose(0, 1).unsqueeze(0) for x in (q, index_q))
+        out = attend_to_chosen(queries, held, mask, index, index_weights.t().unsqueeze(0), spec)
+        return out[0].transpose(0, 1).flatten(1)
 
 
 def chunk_rows(cache: KVCache, slot: int, start: int, stop: int) -> Tensor:
@@ -157,6 +185,16 @@ class CachedAttention:
             mask = torch.zeros(visible.shape, dtype=self._cache.keys.dtype, device=visible.device)
             self._masks[spec.window] = mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
         return self._masks[spec.window]
+
+    def attend_sparse(
+        self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """See `sparse_attention.SparseAttention`."""
+        cache = self._cache
+        cache.write(layer, self._rows, rows, rows)
+        held = cache.keys[layer, : self.num_sequences, 0, : self.num_keys]
+        queries, index, weights = (x.unsqueeze(2) for x in (q, index_q, index_weights))
+        return attend_to_chosen(queries, held, self._mask(spec), index, weights, spec).flatten(1)
 
 
 def beyond_mask(positions: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, MoeSpec, RopeSpec
 from miles.models.attention import Attention
+from miles.models.latent_attention import LatentAttentionBlock
 from miles.models.mlp import DenseMlp, MoeMlp
 from miles.models.norm import rms_norm
 from miles.models.numerics import FAST, Numerics
@@ -87,9 +88,13 @@ class DecoderLayer(nn.Module):
             return nn.Parameter(torch.empty(spec.hidden_size, dtype=dtype))
 
         self.input_norm = norm()
-        self.attention = AttentionBlock(
-            layer.attention, spec.hidden_size, self.eps, dtype, norm_plus_one=spec.norm_plus_one
-        )
+        self.attention: AttentionBlock | LatentAttentionBlock
+        if layer.attention.latent is None:
+            self.attention = AttentionBlock(
+                layer.attention, spec.hidden_size, self.eps, dtype, norm_plus_one=spec.norm_plus_one
+            )
+        else:
+            self.attention = LatentAttentionBlock(layer.attention, spec.hidden_size, dtype)
         self.attention_output_norm = norm() if layer.output_norms else None
         self.post_norm = norm()
         self.mlp: DenseMlp | MoeMlp

@@ -10,7 +10,8 @@ from miles.models.lazy_memory import give_back, lazy_zeros
 
 
 class KVCache:
-    """keys, values: [L, slots, Hkv, max_len, d]. A slot belongs to one sequence.
+    """keys, values: [L, slots, Hkv, max_len, d]. A slot belongs to one sequence. Where a model's values are
+    its keys (`AttentionSpec.latent`), both are one tensor.
 
     Unwritten positions are zero, so that a masked key never turns a sum into NaN.
     """
@@ -24,24 +25,28 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         attention = spec.layers[0].attention
-        shapes = {(layer.attention.num_kv_heads, layer.attention.head_dim) for layer in spec.layers}
+        shapes = {(layer.attention.num_kv_heads, layer.attention.cache_dim) for layer in spec.layers}
         assert len(shapes) == 1, "one cache shape for all layers"
-        shape = (spec.num_layers, num_slots, attention.num_kv_heads, max_len, attention.head_dim)
+        shape = (spec.num_layers, num_slots, attention.num_kv_heads, max_len, attention.cache_dim)
         self.keys = lazy_zeros(shape, dtype, device)
-        self.values = lazy_zeros(shape, dtype, device)
+        self.values = self.keys if attention.latent else lazy_zeros(shape, dtype, device)
         self.num_slots, self.num_kv_heads, self.max_len = num_slots, attention.num_kv_heads, max_len
-        self.head_dim = attention.head_dim
+        self.head_dim = attention.cache_dim
         self._heads = torch.arange(self.num_kv_heads, device=device)
         self._key_rows = [layer.view(-1, self.head_dim) for layer in self.keys]
         self._value_rows = [layer.view(-1, self.head_dim) for layer in self.values]
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(side.nbytes for side in self._sides)
+
+    @property
+    def _sides(self) -> tuple[Tensor, ...]:
+        return (self.keys,) if self.values is self.keys else (self.keys, self.values)
 
     def give_back(self, slots: range) -> None:
         """Return the memory of consecutive slots that hold nothing any more, where that is possible."""
-        for cache in (self.keys, self.values):
+        for cache in self._sides:
             for layer in cache:
                 give_back(layer[slots.start : slots.stop])
 
@@ -53,17 +58,18 @@ class KVCache:
     def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys, values [T, Hkv, d] at `rows` (see `rows`)."""
         self._key_rows[layer].index_copy_(0, rows, keys.reshape(-1, self.head_dim))
-        self._value_rows[layer].index_copy_(0, rows, values.reshape(-1, self.head_dim))
+        if self.values is not self.keys:
+            self._value_rows[layer].index_copy_(0, rows, values.reshape(-1, self.head_dim))
 
     def move_rows(self, sources: Tensor, destinations: Tensor) -> None:
         """Copy rows (see `rows`) of every layer; all are read before the first is written."""
-        for cache in (self.keys, self.values):
+        for cache in self._sides:
             flat = cache.view(cache.shape[0], -1, self.head_dim)
             flat.index_copy_(1, destinations, flat.index_select(1, sources))
 
     def copy_slot(self, source: int, destinations: list[int], length: int) -> None:
         """Give each destination the first `length` positions of `source` (a prompt shared by a group)."""
-        for cache in (self.keys, self.values):
+        for cache in self._sides:
             prefix = cache[:, source : source + 1, :, :length]
             if _is_run(destinations):
                 cache[:, destinations[0] : destinations[-1] + 1, :, :length] = prefix
@@ -76,7 +82,7 @@ class KVCache:
         No slot may be both a source and a destination.
         """
         assert not set(sources) & set(destinations), "a move would overwrite a slot that is still to be read"
-        for cache in (self.keys, self.values):
+        for cache in self._sides:
             cache[:, destinations, :, :length] = cache[:, sources, :, :length]
 
 

@@ -48,6 +48,10 @@ class Numerics(Protocol):
         """x [T, K] @ weight [N, K]ᵀ + bias [N] -> [T, N]."""
         ...
 
+    def per_head(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x [T, H, K] @ weights [H, N, K]ᵀ, head by head -> [T, H, N]."""
+        ...
+
     def rotations(self, spec: AttentionSpec, num_positions: int, positions: Tensor) -> Tensor:
         """What `rotate` takes for these positions (int64 [T])."""
         ...
@@ -107,6 +111,9 @@ class FastNumerics:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
+
+    def per_head(self, x: Tensor, weights: Tensor) -> Tensor:
+        return torch.bmm(x.transpose(0, 1), weights.transpose(1, 2)).transpose(0, 1)
 
     def rotations(self, spec: AttentionSpec, num_positions: int, positions: Tensor) -> Tensor:
         table = rotary.rotations(spec.rope, spec.rotary_width, num_positions, positions.device)
@@ -172,6 +179,10 @@ class ExactNumerics:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = blocked_linear(x, weight, self.blocks[(weight.shape,), weight.dtype])
         return out if bias is None else out + bias
+
+    def per_head(self, x: Tensor, weights: Tensor) -> Tensor:
+        heads = zip(x.unbind(1), weights.unbind(), strict=True)
+        return torch.stack([self.linear(rows.contiguous(), w.contiguous()) for rows, w in heads], 1)
 
     def _blocks(self, *weights: Tensor) -> RowBlocks:
         shapes = tuple((weight.shape[-2], weight.shape[-1]) for weight in weights)

@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles.arch.spec import LinearScaling, Llama3Scaling, RopeSpec
+from miles.arch.spec import LinearScaling, Llama3Scaling, RopeSpec, YarnScaling
 
 
 @lru_cache(maxsize=8)
 def rotations(rope: RopeSpec, width: int, num_positions: int, device: torch.device) -> Tensor:
     """exp(i · position · frequency), complex64 [num_positions, width / 2]; shared by all who ask alike."""
     turns = angles(rope, width, num_positions, device)
-    return torch.polar(torch.ones_like(turns), turns)
+    return torch.polar(torch.full_like(turns, _magnitude(rope)), turns)
 
 
 @lru_cache(maxsize=8)
 def half_rotations(rope: RopeSpec, width: int, num_positions: int, device: torch.device) -> Tensor:
     """fp32 [num_positions, 2, width]: (cos, cos), and (-sin, sin) for the other half."""
     turns = angles(rope, width, num_positions, device)
-    cos, sin = turns.cos(), turns.sin()
+    cos, sin = turns.cos() * _magnitude(rope), turns.sin() * _magnitude(rope)
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
 
 
@@ -39,8 +39,10 @@ def angles(rope: RopeSpec, width: int, num_positions: int, device: torch.device)
     frequencies = 1.0 / rope.theta**exponents
     if isinstance(rope.scaling, LinearScaling):
         frequencies = frequencies / rope.scaling.factor
-    elif rope.scaling is not None:
+    elif isinstance(rope.scaling, Llama3Scaling):
         frequencies = _slowed(frequencies, rope.scaling)
+    elif isinstance(rope.scaling, YarnScaling):
+        frequencies = _ramped(frequencies, rope.theta, rope.scaling)
     return torch.outer(torch.arange(num_positions, dtype=torch.float32, device=device), frequencies)
 
 
@@ -50,6 +52,25 @@ def _slowed(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def _ramped(frequencies: Tensor, theta: float, scaling: YarnScaling) -> Tensor:
+    """See `YarnScaling`. The ramp is linear in the number of the pair, between whole numbers."""
+    pairs = len(frequencies)
+
+    def pair_of(turns: float) -> float:
+        wavelengths = scaling.original_positions / (turns * 2 * math.pi)
+        return pairs * math.log(wavelengths) / math.log(theta)
+
+    first = max(math.floor(pair_of(scaling.fast_turns)), 0)
+    last = min(math.ceil(pair_of(scaling.slow_turns)), 2 * pairs - 1)
+    steps = torch.arange(pairs, dtype=torch.float32, device=frequencies.device)
+    slowed = ((steps - first) / (last - first if last != first else 1e-3)).clamp(0, 1)
+    return slowed * frequencies / scaling.factor + (1 - slowed) * frequencies
+
+
+def _magnitude(rope: RopeSpec) -> float:
+    return rope.scaling.magnitude if isinstance(rope.scaling, YarnScaling) else 1.0
 
 
 def rotate(heads: Tensor, rotation: Tensor) -> Tensor:

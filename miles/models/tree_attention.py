@@ -22,6 +22,7 @@ from miles.models.attention import KEY_BLOCK
 from miles.models.exact_attention import QUERY_STEP, padded_keys, probabilities, weighted_values
 from miles.models.kv_cache import KVCache
 from miles.models.softcap import softcapped
+from miles.models.sparse_attention import attend_to_chosen
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,24 @@ class TreeAttention:
             self._masks[spec.window] = self._nodes.mask(self.num_keys, q.dtype, spec.window).unsqueeze(1)
         by_node.add_(self._masks[spec.window])
         return self._flatten(torch.bmm(torch.softmax(scores, -1), values), spec)
+
+    def attend_sparse(
+        self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """See `sparse_attention.SparseAttention`."""
+        self._cache.write(layer, self._rows, rows, rows)
+        n, width, _ = self._nodes.ancestors.shape
+        mask = self._nodes.mask(self.num_keys, q.dtype)
+        held = self._cache.keys[layer, :n, 0, : self.num_keys]
+
+        def grid(x: Tensor) -> Tensor:
+            """[T, H, d] -> [n, H, W, d]."""
+            laid = x.new_zeros(n * width, *x.shape[1:]).index_copy_(0, self._nodes.cells, x)
+            return laid.view(n, width, *x.shape[1:]).transpose(1, 2)
+
+        weights = grid(index_weights.unsqueeze(-1)).squeeze(-1)
+        out = attend_to_chosen(grid(q), held, mask, grid(index_q), weights, spec)
+        return out.transpose(1, 2).reshape(n * width, -1).index_select(0, self._nodes.cells)
 
     def _grids(self, layer: int, q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled queries [n * Hkv, G * W, d], keys and values [n * Hkv, S, d]."""

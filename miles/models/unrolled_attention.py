@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from miles.arch.spec import AttentionSpec
+from miles.errors import RunError
 from miles.models.attention import Attention
+from miles.models.sparse_attention import SparseAttention
 from miles.models.token_grid import TokenGrid
 
 QUERY_BLOCK = 128
@@ -47,6 +49,18 @@ class UnrolledAttention:
         for layer, passes in self._own.items():
             self._own[layer] = [(k[places], v[places]) for k, v in passes]
         return places
+
+    def attend_sparse(
+        self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """See `sparse_attention.SparseAttention`; the first call of a layer only."""
+        if layer in self._true or not isinstance(self._first, SparseAttention):
+            raise RunError(
+                "an MTP layer with sparse attention is not taught to go on from its own guesses",
+                fix="set speculation.mtp_training_steps to the number of MTP layers",
+            )
+        self._true[layer], self._own[layer] = (rows, rows), []
+        return self._first.attend_sparse(layer, q, rows, index_q, index_weights, spec)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         if layer not in self._true:

@@ -62,5 +62,5 @@ def plan_engine(
     """
     weights = model.stored_bytes(weight_format, plain, int4_group_size)
     heads = max(model.num_kv_heads // gpus, 1)
-    per_token = model.num_layers * 2 * heads * model.head_dim * kv_bytes
+    per_token = model.num_layers * heads * (model.cache_width // model.num_kv_heads) * kv_bytes
     return EnginePlan(gpus, weight_format, weights // gpus, int(gpu_bytes * static_fraction), per_token)

@@ -113,7 +113,7 @@ def _engine_mtp_layers(parameters: int, width: int) -> MemoryPart:
 
 
 def _kv_cache(spec: ArchSpec, width: int, tokens: int) -> MemoryPart:
-    row = sum(2 * layer.attention.kv_width for layer in spec.layers)
+    row = sum(layer.attention.cache_width for layer in spec.layers)
     return MemoryPart(
         "KV cache",
         tokens * row * width,
@@ -136,7 +136,7 @@ def _activations(spec: ArchSpec, width: int, tokens: int) -> MemoryPart:
 def _kept_per_token(spec: ArchSpec, index: int) -> int:
     """Numbers that one layer keeps per token: norms, residuals, q, k, v, attention output, MLP."""
     layer = spec.layers[index]
-    attention = layer.attention.qkv_width + layer.attention.query_width
+    attention = layer.attention.kept_width
     if isinstance(layer.mlp, MoeSpec):
         mlp = layer.mlp.top_k * (3 * layer.mlp.intermediate_size + 2 * spec.hidden_size)
         mlp += 3 * layer.mlp.shared_size

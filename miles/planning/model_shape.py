@@ -23,7 +23,8 @@ class ModelShape:
     hidden_size: int
     vocab_size: int
     num_kv_heads: int
-    head_dim: int
+    cache_width: int
+    """Numbers that a layer's cache holds of a token, all heads together."""
     attention_width: int
     mlp_width: int
     embedding: int
@@ -65,8 +66,8 @@ def model_shape(spec: ArchSpec) -> ModelShape:
     width, table = spec.hidden_size, spec.vocab_size * spec.hidden_size
     query = key_value = dense_mlp = router = experts = 0
     for layer in spec.layers:
-        query += 2 * layer.attention.query_width * width
-        key_value += 2 * layer.attention.kv_width * width
+        query += layer.attention.query_parameters(width)
+        key_value += layer.attention.key_value_parameters(width)
         if isinstance(layer.mlp, MoeSpec):
             router += layer.mlp.num_experts * width
             experts += layer.mlp.num_experts * 3 * width * layer.mlp.intermediate_size
@@ -83,8 +84,8 @@ def model_shape(spec: ArchSpec) -> ModelShape:
         hidden_size=width,
         vocab_size=spec.vocab_size,
         num_kv_heads=attention.num_kv_heads,
-        head_dim=attention.head_dim,
-        attention_width=max(layer.attention.qkv_width + layer.attention.query_width for layer in spec.layers),
+        cache_width=attention.cache_width,
+        attention_width=max(layer.attention.kept_width for layer in spec.layers),
         mlp_width=max(_mlp_width(layer, width) for layer in spec.layers),
         embedding=table,
         head=head,

@@ -252,6 +252,9 @@ def _whole(native: Mapping[str, Tensor], ours: str, theirs: str) -> View:
 
 
 def _attention(spec: AttentionSpec, native: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator[View]:
+    if spec.latent is not None:
+        yield from _latent_attention(spec, native, ours, theirs)
+        return
     widths = (spec.query_width, spec.kv_width, spec.kv_width)
     fused = {"qkv": "weight"} | ({"qkv_bias": "bias"} if spec.qkv_bias else {})
     for name, kind in fused.items():
@@ -263,6 +266,36 @@ def _attention(spec: AttentionSpec, native: Mapping[str, Tensor], ours: str, the
     yield _whole(native, f"{ours}.o", f"{theirs}.o_proj.weight")
     if spec.output_bias:
         yield _whole(native, f"{ours}.o_bias", f"{theirs}.o_proj.bias")
+
+
+_LATENT_NAMES = {
+    "kv_latent_norm": "kv_a_layernorm.weight",
+    "kv_up": "kv_b_proj.weight",
+    "o": "o_proj.weight",
+}
+_INDEXER_NAMES = {
+    "indexer.q": "indexer.wq_b.weight",
+    "indexer.k": "indexer.wk.weight",
+    "indexer.k_norm": "indexer.k_norm.weight",
+    "indexer.k_norm_bias": "indexer.k_norm.bias",
+    "indexer.weights": "indexer.weights_proj.weight",
+}
+
+
+def _latent_attention(
+    spec: AttentionSpec, native: Mapping[str, Tensor], ours: str, theirs: str
+) -> Iterator[View]:
+    assert spec.latent is not None
+    rank, *key_value = spec.latent.down_widths
+    down = native[f"{ours}.down"]
+    if rank:
+        yield f"{ours}.down", f"{theirs}.q_a_proj.weight", down[:rank]
+    yield f"{ours}.down", f"{theirs}.kv_a_proj_with_mqa.weight", down[rank : rank + sum(key_value)]
+    if rank:
+        yield _whole(native, f"{ours}.q_latent_norm", f"{theirs}.q_a_layernorm.weight")
+    yield _whole(native, f"{ours}.q", f"{theirs}.{'q_b_proj' if rank else 'q_proj'}.weight")
+    for name, published in (_LATENT_NAMES | (_INDEXER_NAMES if spec.indexer else {})).items():
+        yield _whole(native, f"{ours}.{name}", f"{theirs}.{published}")
 
 
 def _dense_mlp(native: Mapping[str, Tensor], ours: str, theirs: str) -> Iterator[View]:

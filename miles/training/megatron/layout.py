@@ -65,6 +65,10 @@ def _inexpressible(spec: ArchSpec) -> list[str]:
         problems.append("its MoE layers differ in their experts")
     if spec.layers[0].attention.qk_norm and spec.layers[0].attention.qk_norm_over != "head":
         problems.append("its query and key norms span all heads")
+    if spec.layers[0].attention.latent is not None:
+        problems.append("its latent attention is not carried")
+    elif spec.layers[0].attention.rope.width is not None:
+        problems.append("it rotates a part of each head, which is not carried")
     moe = spec.moe
     if moe is not None and (moe.scoring != "softmax" or moe.num_groups > 1 or moe.routed_scaling != 1):
         problems.append("its router has sigmoid scores, groups or a scale, which are not carried")

@@ -24,7 +24,7 @@ ROLES = {
     f"{LAYER}.self_attn.q_proj.bias": "bias",
     f"{LAYER}.self_attn.kv_a_proj_with_mqa.weight": "attention",
     f"{LAYER}.self_attn.indexer.wq_b.weight": "attention",
-    f"{LAYER}.self_attn.indexer.weights_proj.weight": "other",
+    f"{LAYER}.self_attn.indexer.weights_proj.weight": "router",
     f"{LAYER}.mlp.gate.weight": "router",
     f"{LAYER}.mlp.gate.e_score_correction_bias": "bias",
     f"{LAYER}.mlp.gate_proj.weight": "mlp",

@@ -30,6 +30,19 @@ class FamilyCase:
 
 _SMALL = {"num_hidden_layers": 3, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 1}
 
+_DEEPSEEK = (
+    _SMALL
+    | {"vocab_size": 47, "hidden_size": 26, "intermediate_size": 22, "moe_intermediate_size": 9}
+    | {"num_attention_heads": 3, "num_key_value_heads": 3, "q_lora_rank": 14, "kv_lora_rank": 11}
+    | {"qk_nope_head_dim": 7, "qk_rope_head_dim": 6, "v_head_dim": 5}
+    | {"n_routed_experts": 6, "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2}
+    | {"n_shared_experts": 1, "routed_scaling_factor": 2.5, "num_mtp_layers": 0}
+    | {
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "beta_fast": 4.0}
+        | {"beta_slow": 1.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 0.9}
+    }
+)
+
 CASES: dict[str, FamilyCase] = {
     "glm4_moe, groups, biases, head norms": FamilyCase(
         "Glm4Moe",
@@ -54,6 +67,17 @@ CASES: dict[str, FamilyCase] = {
         | {"vocab_size": 43, "hidden_size": 22, "intermediate_size": 9, "num_local_experts": 6}
         | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "rotary_dim": 6}
         | {"num_experts_per_tok": 2},
+    ),
+    "deepseek_v3, yarn": FamilyCase("DeepseekV3", _DEEPSEEK | {"first_k_dense_replace": 1}),
+    "deepseek_v3, queries at once": FamilyCase(
+        "DeepseekV3",
+        _DEEPSEEK
+        | {"q_lora_rank": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3}}
+        | {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "vocab_size": 31},
+    ),
+    "deepseek_v32": FamilyCase(
+        "DeepseekV32",
+        _DEEPSEEK | {"first_k_dense_replace": 1, "index_topk": 6, "index_head_dim": 10, "index_n_heads": 13},
     ),
 }
 

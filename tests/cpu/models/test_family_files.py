@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from family_cases import (
     CASES,
     FamilyCase,
@@ -16,7 +18,7 @@ from family_cases import (
     save_reference,
     sequences,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_layers import MtpModel
 
 from miles.arch import ArchSpec, load_spec, optional_copies, published_tensors, with_mtp
@@ -118,22 +120,62 @@ def test_an_mtp_layer_predicts_what_transformers_predicts(case: FamilyCase, tmp_
     write_hf(tmp_path / "mtp", spec, to_published(decoder, draft), source_dir=tmp_path / "plain")
 
     again = load_reference(tmp_path / "mtp")
-    again._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{spec.num_layers}.*"]  # type: ignore[assignment]
-    theirs = MtpModel.from_pretrained(again)
     (tokens,) = sequences(spec.vocab_size, (17,))
     rows, positions = len(tokens) - 1, torch.arange(len(tokens) - 1)
     with torch.no_grad():
         hidden = again.model(tokens[None, :-1]).last_hidden_state  # type: ignore[operator, union-attr]
-        embedded = theirs.embed_tokens(tokens[None, 1:])
-        causal = torch.full((rows, rows), float("-inf")).triu(1)[None, None]
-        turned = theirs.rotary_emb(embedded, position_ids=positions[None] + 1)
-        features = theirs.layers[0](embedded, hidden, turned, causal, positions[None] + 1, None)
-        expected = theirs.shared_head(features)[0]
+        layer = _their_layer(again, case, tmp_path / "mtp", spec.num_layers)
+        expected = again.lm_head(layer(hidden, tokens[None, 1:], positions[None] + 1))[0]  # type: ignore[operator]
         attention = PackedAttention(torch.tensor([0, rows]))
         trunk = decoder(tokens[:-1], positions, attention, Router.decide())
         logits = draft.logits(draft(trunk, tokens[1:], positions, attention, decoder), decoder)
     assert expected.abs().max() > 1
     assert (logits - expected).abs().max() <= 1e-4
+
+
+def _their_layer(
+    model: nn.Module, case: FamilyCase, directory: Path, depth: int
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """transformers' MTP layer: features of hidden states [1, T, D], following tokens and positions [1, T].
+
+    Where transformers has none, its decoder layer with the published formula around it.
+    """
+    embed, rotary = model.model.embed_tokens, model.model.rotary_emb  # type: ignore[union-attr]
+
+    def around(
+        hidden: Tensor, tokens: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        rows = tokens.shape[1]
+        causal = torch.full((rows, rows), float("-inf")).triu(1)[None, None]
+        embedded = embed(tokens)  # type: ignore[operator]
+        return embedded, causal, rotary(embedded, position_ids=positions)  # type: ignore[operator]
+
+    if case.architecture != "DeepseekV32":
+        model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{depth}.*"]  # type: ignore[assignment]
+        theirs = MtpModel.from_pretrained(model).layers[0]
+
+        def run(hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+            embedded, causal, turned = around(tokens, positions)
+            return theirs(embedded, hidden, turned, causal, positions, None)
+
+        return run
+    config = type(model.config)(**case.config | {"num_hidden_layers": depth + 1})
+    deeper = type(model).from_pretrained(directory, config=config, experts_implementation="eager")
+    tensors, eps = dict(read_hf(directory)), config.rms_norm_eps
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], tensors[f"model.layers.{depth}.{name}.weight"], eps)
+
+    def plain(hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        embedded, causal, turned = around(tokens, positions)
+        mixed = torch.cat((norm(embedded, "enorm"), norm(hidden, "hnorm")), -1)
+        mixed = mixed @ tensors[f"model.layers.{depth}.eh_proj.weight"].T
+        out = deeper.model.layers[depth](
+            mixed, attention_mask=causal, position_embeddings=turned, position_ids=positions
+        )
+        return norm(out, "shared_head.norm")
+
+    return plain
 
 
 def test_a_copy_that_differs_from_the_models_table_is_refused(tmp_path: Path) -> None:
