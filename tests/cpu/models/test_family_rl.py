@@ -61,7 +61,9 @@ async def roll_out(engine: NativeEngine, trainer: NativeTrainer, version: int) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_grpo_raises_the_reward_and_leaves_router_biases_alone(case: FamilyCase, tmp_path: Path) -> None:
+def test_grpo_raises_the_reward_and_leaves_router_biases_and_indexers_alone(
+    case: FamilyCase, tmp_path: Path
+) -> None:
     save_reference(case, tmp_path)
     spec = load_spec(tmp_path)
     settings = TrainerSettings(
@@ -87,5 +89,5 @@ def test_grpo_raises_the_reward_and_leaves_router_biases_alone(case: FamilyCase,
     rewards = asyncio.run(train())
     assert np.mean(rewards[-2:]) > rewards[0] + 0.1, rewards
     for name, tensor in trainer.named_weights():
-        frozen = name.endswith("e_score_correction_bias")
+        frozen = name.endswith("e_score_correction_bias") or ".indexer." in name
         assert torch.equal(tensor, before[name]) == frozen, name
