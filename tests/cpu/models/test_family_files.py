@@ -142,9 +142,7 @@ def _their_layer(
     """
     embed, rotary = model.model.embed_tokens, model.model.rotary_emb  # type: ignore[union-attr]
 
-    def around(
-        hidden: Tensor, tokens: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def around(tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         rows = tokens.shape[1]
         causal = torch.full((rows, rows), float("-inf")).triu(1)[None, None]
         embedded = embed(tokens)  # type: ignore[operator]
