@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+SGLANG := .venv-sglang
+SGLANG_STAMP := $(SGLANG)/.installed
 # One torch thread per process: small matrices are slower on a spinning thread pool, and a shared core makes it far worse.
 RUN    := OMP_NUM_THREADS=1
 
-.PHONY: install demo test check bench docs clean
+.PHONY: install demo test test-scale sglang-cpu check bench docs clean
 
 install: $(STAMP)
 
@@ -24,10 +26,25 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(RUN) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu" tests/cpu
+	$(RUN) $(BIN)/python -m pytest -n 2 -m "not slow and not gpu and not scale" tests/cpu
 
 test: check
-	$(RUN) $(BIN)/python -m pytest -n 2 -m "slow and not gpu" tests
+	$(RUN) $(BIN)/python -m pytest -n 2 -m "slow and not gpu and not scale" tests
+
+# SGLang pins its own torch, so its server has an environment of its own. Its argument table is read from it.
+sglang-cpu: $(SGLANG_STAMP)
+
+$(SGLANG_STAMP): docker/sglang-cpu.txt docker/sglang-cpu-constraints.txt
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check -c docker/sglang-cpu-constraints.txt -r docker/sglang-cpu.txt
+	$(SGLANG)/bin/python -m pip install --quiet --disable-pip-version-check -c docker/sglang-cpu-constraints.txt --no-deps torchvision sglang
+	$(SGLANG)/bin/python miles/rollout/sglang/scripts/dump_args.py > $(SGLANG)/sglang_args.json
+	cp $(SGLANG)/sglang_args.json miles/config/sglang_args.json
+	touch $@
+
+# The scale path on real parts: SGLang servers, without a GPU.
+test-scale: install sglang-cpu
+	$(RUN) $(BIN)/python -m pytest -m scale tests
 
 bench: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
@@ -37,4 +54,4 @@ docs: install
 	$(BIN)/python -m miles_cli.docs
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(SGLANG) build dist

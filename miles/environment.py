@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pwd
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,3 +123,8 @@ def export_default(name: str, value: str) -> None:
     """Set a declared variable unless the user has set it."""
     if get(name) is None:
         export(name, value)
+
+
+def of_child(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a program that we start: ours, with `more` on top."""
+    return {**os.environ, **more}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from miles.planning import Plan
+from miles.rollout.sglang.command import argument_words
 from miles_cli.outline_view import line, outline_lines, part_lines
 from miles_cli.units import binary_bytes, count
 
@@ -46,6 +47,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     else:
         yield line("memory", f"{binary_bytes(plan.memory.total_bytes)} estimated")
         yield from part_lines(plan.memory.parts)
+    yield from _server_lines(plan)
     yield line("disk", f"{binary_bytes(plan.checkpoint_bytes)} per checkpoint")
     yield line("exports", " ".join(f"{name}={value}" for name, value in plan.exports))
     yield from _derived_lines(plan)
@@ -55,6 +57,12 @@ def _engine(plan: Plan) -> str:
     rounded = "" if plan.rollout_format == plan.dtype else f" on {plan.rollout_format} weights"
     decoding = "" if plan.decode is None else f" (decode kernel: {plan.decode})"
     return f"{plan.engine} engine{rounded}{decoding}"
+
+
+def _server_lines(plan: Plan) -> Iterator[str]:
+    if plan.server_args is not None:
+        words = " ".join(argument_words(plan.server_args))
+        yield line("sglang", words if plan.server_python is None else f"{plan.server_python} {words}")
 
 
 def _micro_batches(plan: Plan) -> str:

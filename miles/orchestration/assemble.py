@@ -34,6 +34,7 @@ from miles.rollout.filters import check_reward_nonzero_std
 from miles.rollout.generate import GenerationSettings
 from miles.rollout.native.draft import SpeculationSettings
 from miles.rollout.native.engine import EngineSettings
+from miles.rollout.sglang.engine import SglangSettings
 from miles.training.settings import (
     AlgorithmSettings,
     FaultInjection,
@@ -109,6 +110,18 @@ def engine_settings(
         keep_expanded=plan.device == "cpu",
         decode_library=decode_library,
         speculation=None if plan.speculation is None else SpeculationSettings(**asdict(plan.speculation)),
+    )
+
+
+def sglang_settings(config: RunConfig, plan: Plan) -> SglangSettings:
+    """What the client of an SGLang server is told."""
+    sync = config.weight_sync
+    return SglangSettings(
+        max_context_len=plan.max_context_len,
+        return_routed_experts=plan.routing_replay,
+        tensor_parallel_size=int((plan.server_args or {}).get("tp_size", 1)),
+        bucket_bytes=sync.update_weight_buffer_size,
+        pause_mode=sync.pause_generation_mode,
     )
 
 

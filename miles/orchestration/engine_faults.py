@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -18,17 +19,22 @@ from miles.data.source import PromptSource
 from miles.orchestration.driver import RolloutSide
 from miles.orchestration.rollout_worker import StepRollout
 from miles.orchestration.weight_sync import WeightSync
-from miles.rollout.native.engine import NativeEngine
 
 SYNC_FAULTS = ("stale_engine", "skip_sync")
 ROUTE_FAULTS = ("corrupt_routes", "drop_routes")
+
+
+class Receiver(Protocol):
+    """One engine, or a pool of them."""
+
+    async def receive_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
 
 
 def inject(
     fault: str | None,
     rollout: RolloutSide,
     sync: WeightSync,
-    engine: NativeEngine,
+    engine: Receiver,
     weights: Callable[[], Iterable[tuple[str, Tensor]]],
 ) -> tuple[RolloutSide, WeightSync]:
     """The two parts with the fault `kind@step` between them; as they are when it lies elsewhere.
@@ -50,7 +56,7 @@ class OldWeights:
     def __init__(
         self,
         sync: WeightSync,
-        engine: NativeEngine,
+        engine: Receiver,
         weights: Callable[[], Iterable[tuple[str, Tensor]]],
         step: int,
         honest: bool,

@@ -50,7 +50,7 @@ class _Lane:
     waiting: list[_Call] = field(default_factory=list)
     """Calls of this turn of the event loop; they leave together, so that the engine batches them."""
     in_flight: int = 0
-    """Requests that are not answered."""
+    """Tokens of requests that are not answered: their prompts, and the responses at their longest."""
 
 
 class EnginePool:
@@ -70,11 +70,12 @@ class EnginePool:
         if not lane.waiting:
             asyncio.get_running_loop().call_soon(self._dispatch, lane)
         lane.waiting.append(call)
-        lane.in_flight += len(requests)
+        tokens = sum(len(request.input_ids) + request.sampling.max_new_tokens for request in requests)
+        lane.in_flight += tokens
         try:
             return await call.done
         finally:
-            lane.in_flight -= len(requests)
+            lane.in_flight -= tokens
 
     async def abort(self, groups: Collection[int] | None = None) -> int:
         """End the requests of these groups (None: all) with what they have; returns how many."""

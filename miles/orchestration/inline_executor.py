@@ -6,14 +6,25 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from miles.arch import ArchSpec
 from miles.orchestration import assemble, engine_faults, workers
 from miles.orchestration.driver import Driver
+from miles.orchestration.engine_faults import Receiver
 from miles.orchestration.observer import Observer
 from miles.orchestration.rewarding import inline_score
 from miles.orchestration.run_model import run_model
+from miles.orchestration.sglang_crew import SglangCrew, local_weights
 from miles.orchestration.supervisor import Supervisor
-from miles.orchestration.weight_sync import RoundedWeights, SharedWeights, WeightSync, weights_for_engine
+from miles.orchestration.train_worker import TrainWorker
+from miles.orchestration.weight_sync import (
+    EqualWeights,
+    RoundedWeights,
+    SharedWeights,
+    WeightSync,
+    weights_for_engine,
+)
 from miles.record import RecordWriter
+from miles.rollout.engine import GenerationClient
 
 if TYPE_CHECKING:
     from miles.orchestration.job import Job
@@ -35,21 +46,38 @@ class InlineExecutor:
             demonstrations = workers.build_demonstrations(job, spec, tokenizer)
             yield await workers.build_driver(job, demonstrations, trainer, None, record, supervisor, observer)
             return
-        engine = workers.build_engine(job, spec)
-        workers.watch_gap(job, trainer.trainer, engine)
-        reward = job.resolved.config.reward
-        score = inline_score(job.resolved.config, reward.reward_key, record)
-        eval_score = inline_score(job.resolved.config, reward.eval_reward_key or reward.reward_key, record)
-        sampling = workers.build_sampling(job, spec, tokenizer, engine, score, eval_score)
-        fault = job.resolved.config.debug.inject_fault
-        own = assemble.engine_precision(job.plan)
-        weights: WeightSync = (
-            SharedWeights(trainer, engine) if own is None else RoundedWeights(trainer, engine, own)
-        )
-        rollout, sync = engine_faults.inject(
-            fault, sampling, weights, engine, lambda: weights_for_engine(trainer, own)
-        )
-        yield await workers.build_driver(job, rollout, trainer, sync, record, supervisor, observer)
+        async with _engine(job, spec, trainer, record, observer) as (client, weights, receiver):
+            reward = job.resolved.config.reward
+            score = inline_score(job.resolved.config, reward.reward_key, record)
+            eval_key = reward.eval_reward_key or reward.reward_key
+            eval_score = inline_score(job.resolved.config, eval_key, record)
+            sampling = workers.build_sampling(job, spec, tokenizer, client, score, eval_score)
+            fault, own = job.resolved.config.debug.inject_fault, assemble.engine_precision(job.plan)
+            rollout, sync = engine_faults.inject(
+                fault, sampling, weights, receiver, lambda: weights_for_engine(trainer, own)
+            )
+            yield await workers.build_driver(job, rollout, trainer, sync, record, supervisor, observer)
 
     def close(self) -> None:
-        """Nothing runs outside this process."""
+        """Whatever an attempt started ended with it."""
+
+
+@asynccontextmanager
+async def _engine(
+    job: Job, spec: ArchSpec, trainer: TrainWorker, record: RecordWriter, observer: Observer
+) -> AsyncIterator[tuple[GenerationClient, WeightSync, Receiver]]:
+    """What samples, how weights get there, and what takes weights that are not the trainer's."""
+    own = assemble.engine_precision(job.plan)
+    if job.plan.engine == "sglang":
+        crew = SglangCrew(job, spec, record, observer)
+        async with crew.serving(local_weights(job, spec, trainer)):
+            equal = job.resolved.config.debug.check_weight_update_equal
+            yield crew.pool, EqualWeights(crew.sync, crew.checksums, record) if equal else crew.sync, crew
+        return
+    engine = workers.build_engine(job, spec)
+    workers.watch_gap(job, trainer.trainer, engine)
+    yield (
+        engine,
+        SharedWeights(trainer, engine) if own is None else RoundedWeights(trainer, engine, own),
+        engine,
+    )

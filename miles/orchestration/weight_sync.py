@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -54,6 +54,27 @@ class RoundedWeights:
 
     async def send(self, version: int) -> None:
         await self._engine.receive_weights(weights_for_engine(self._trainer, self._policy), version)
+
+
+class EqualWeights:
+    """A weight sync after which every engine is asked for a checksum of what it holds."""
+
+    def __init__(
+        self, sync: WeightSync, checksums: Callable[[], Awaitable[dict[str, str]]], record: RecordWriter
+    ) -> None:
+        self._sync, self._checksums, self._record = sync, checksums, record
+
+    async def send(self, version: int) -> None:
+        """Raises: RunError when two engines hold different weights."""
+        await self._sync.send(version)
+        checksums = await self._checksums()
+        self._record.event("weights_compared", version=version, checksums=checksums)
+        if len(set(checksums.values())) > 1:
+            raise RunError(
+                f"engines hold different weights of version {version}",
+                why=", ".join(f"{name}: {checksum[:12]}" for name, checksum in checksums.items()),
+                fix="look at the engines' logs around the last weight update",
+            )
 
 
 class WeightSource(Protocol):

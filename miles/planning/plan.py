@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -95,6 +95,10 @@ class Plan:
     derived: tuple[Derived, ...]
     findings: tuple[Finding, ...]
     """Warnings and notes of preflight; a plan with errors is never made."""
+    server_args: Mapping[str, Any] | None = None
+    """What every SGLang server is told, by SGLang's own names; None for other engines."""
+    server_python: str | None = None
+    """What runs SGLang servers; None where the run starts none."""
     speculation: SpeculationPlan | None = None
     """How the native engine guesses ahead; None: it does not."""
     outline: Outline | None = None
@@ -164,6 +168,10 @@ def _plan(subject: Subject, findings: tuple[Finding, ...], outline: Outline | No
         data=_data(subject.facts),
         derived=tuple(_derived(subject)),
         findings=findings,
+        server_args=subject.server_args,
+        server_python=subject.facts.server.python
+        if subject.starts_servers and subject.facts.server
+        else None,
         speculation=subject.speculation,
         outline=outline,
     )

@@ -30,6 +30,7 @@ from miles.planning.scale import (
     plan_layout,
     plan_scale,
 )
+from miles.planning.server_args import plan_server_args
 from miles.planning.speculation import SpeculationPlan, mtp_layers, plan_speculation
 from miles.planning.threads import ThreadPlan, plan_threads
 from miles.planning.workers import WorkersPlan, plan_workers
@@ -81,9 +82,10 @@ class Subject:
         config = self.config
         if config.run.executor != "auto":
             return config.run.executor
+        # SGLang servers are processes of their own under any executor.
         counts = (
             config.training.data_parallel_size,
-            config.engine.num_engines,
+            config.engine.num_engines if config.rollout.backend == "native" else 1,
             config.reward.num_reward_workers,
         )
         several = max(counts) > 1 or config.rollout.one_step_ahead
@@ -217,6 +219,26 @@ class Subject:
     def speculation(self) -> SpeculationPlan | None:
         """How the native engine guesses ahead; None where it does not."""
         return plan_speculation(self.config.sglang) if self.config.rollout.backend == "native" else None
+
+    @property
+    def starts_servers(self) -> bool:
+        """Whether the run starts SGLang servers of its own."""
+        rollout = self.config.rollout
+        sampled = self.config.algorithm.loss_type != "sft_loss"
+        return rollout.backend == "sglang" and sampled and not rollout.rollout_external_engine_addrs
+
+    @property
+    def server_args(self) -> dict[str, Any] | None:
+        """What every SGLang server is told; None for other engines, and where the model is not known."""
+        if (
+            self.config.rollout.backend != "sglang"
+            or self.engine_limits is None
+            or self.rollout_format is None
+        ):
+            return None
+        return plan_server_args(
+            self.config, self.engine_limits, self.rollout_format, self.routing_replay, self.on_gpus
+        )
 
     @property
     def batch(self) -> BatchPlan | None:

@@ -1,4 +1,4 @@
-"""`[engine]`: limits of the native engine (SGLang's own settings are in `[sglang]`)."""
+"""`[engine]`: number and limits of engines (SGLang's own settings are in `[sglang]`)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from miles.config.sections.base import Section
 
 
 class EngineSection(Section):
-    """Capacity of one native engine."""
+    """Engines, native ones and SGLang servers."""
 
     num_engines: PositiveInt = 1
-    """Native engines, each in a process of its own; prompts are spread over them."""
+    """Engines, each in a process of its own; prompts are spread over them."""
 
     max_running_requests: PositiveInt = 256
     """Samples decoded at once; the others wait."""
+
+    server_python: str | None = None
+    """Python of the environment that runs SGLang servers; default: `.venv-sglang` (`make sglang-cpu`), else
+    the environment of miles where SGLang is installed in it."""
 
     decode_kernel: Literal["auto", "torch", "fused"] = "auto"
     """What decodes: `fused`, a kernel compiled on first use, or `torch`. `auto` takes the kernel where there

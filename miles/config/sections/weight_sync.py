@@ -15,8 +15,9 @@ class WeightSyncSection(Section):
     update_weights_interval: PositiveInt = 1
     """Rollouts between two updates."""
 
-    update_weight_transfer_mode: Literal["broadcast", "disk"] | None = None
-    """Transport between processes; default: shared memory under `colocate`, else broadcast."""
+    update_weight_transfer_mode: Literal["tensor", "broadcast", "disk"] | None = None
+    """Transport between processes: to each server over HTTP (`tensor`), to all at once, or through a
+    directory; default: shared memory under `colocate`, SGLang servers on a CPU `tensor`, else broadcast."""
 
     update_weight_buffer_size: PositiveInt = 512 * 1024**2
     """Bytes per bucket."""

@@ -15,6 +15,7 @@ from miles.planning.facts.draft import DraftFacts, read_draft_facts
 from miles.planning.facts.files import MissingPath, missing_paths
 from miles.planning.facts.machine import Gpu, MachineFacts, read_machine
 from miles.planning.facts.ports import taken_ports
+from miles.planning.facts.server import ServerFacts, read_server
 from miles.planning.hardware import CPU, Hardware, detect_kind
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Gpu",
     "MachineFacts",
     "MissingPath",
+    "ServerFacts",
     "collect_facts",
 ]
 
@@ -46,6 +48,8 @@ class Facts:
     """(setting, port) of ports that the run needs and another program has."""
     draft: DraftFacts | None = None
     """The draft checkpoint that the run file names."""
+    server: ServerFacts | None = None
+    """The environment that runs SGLang servers, where the run has some; None where there is none."""
     assumed: Hardware | None = None
     """Hardware that the run is planned for in place of this machine's."""
 
@@ -94,6 +98,7 @@ def collect_facts(config: RunConfig, in_cluster: bool = False, assume: Hardware 
         cluster=cluster,
         draft=read_draft_facts(config.sglang.speculative_draft_model_path, checkpoint.spec),
         taken_ports=() if assume is not None else taken_ports(config),
+        server=read_server(config) if config.rollout.backend == "sglang" else None,
         assumed=assume,
     )
 

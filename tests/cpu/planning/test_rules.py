@@ -20,6 +20,7 @@ from miles.planning.facts.draft import DraftFacts
 from miles.planning.facts.files import MissingPath
 from miles.planning.facts.machine import Gpu
 from miles.planning.facts.quantisation import Quantisation
+from miles.planning.facts.server import ServerFacts
 from miles.planning.hardware import parse_hardware
 from miles.planning.rules import REGISTRY
 
@@ -67,6 +68,11 @@ def shell(**variables: str) -> Change:
 def cluster(cpus: float, ray_version: str = "") -> Change:
     there = ClusterFacts("http://head:8265", ray_version or version("ray"), 1, cpus, 0.0)
     return lambda facts: replace(facts, cluster=there)
+
+
+def served(version: str | None) -> Change:
+    server = ServerFacts("/envs/sglang/bin/python", version)
+    return lambda facts: replace(facts, server=server)
 
 
 def held_out(**changes: Any) -> Change:
@@ -626,6 +632,14 @@ CASES: dict[str, tuple[Case, Case]] = {
             "--sglang-speculative-algorithm EAGLE3 --sglang-speculative-draft-model-path d",
             on("16xH100", then=lambda f: replace(f, draft=DraftFacts("d", "eagle3"))),
         ),
+    ),
+    "SRV1": (
+        Case("--rollout-backend sglang"),
+        Case("--rollout-backend sglang", facts=served("0.5.20")),
+    ),
+    "SRV2": (
+        Case("--rollout-backend sglang --sglang-host 0.0.0.0", facts=served("0.5.20")),
+        Case("--rollout-backend sglang --sglang-attention-backend triton", facts=served("0.5.20")),
     ),
     "CKP1": (
         scaled("--load runs/a/checkpoints/step-000020 --start-rollout-id 5"),

@@ -1,0 +1,149 @@
+"""The SGLang servers of one attempt in this process's care: a pool of them, and the way weights reach it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from miles.arch import ArchSpec
+from miles.arch.precision import PrecisionPolicy
+from miles.orchestration import assemble
+from miles.orchestration.disk_weights import DiskWeights
+from miles.orchestration.engine_pool import EnginePool
+from miles.orchestration.observer import Observer
+from miles.orchestration.seats import Seat, call
+from miles.orchestration.sglang_servers import ServedEngine, TensorPacket
+from miles.orchestration.train_worker import TrainWorker
+from miles.orchestration.weight_packets import pack
+from miles.orchestration.weight_sync import PacketWeights, WeightSource, weights_for_engine
+from miles.record import RecordWriter, RunLayout
+from miles.rollout.sglang.command import ServerOptions
+from miles.rollout.sglang.engine import SglangEngine
+from miles.rollout.sglang.http import HttpClient
+from miles.rollout.sglang.server import ServerProcess
+
+if TYPE_CHECKING:
+    from miles.orchestration.job import Job
+
+
+class SglangCrew:
+    """Servers by seat: `engine-0`, `engine-1`, … Each prints into `logs/engine-N.log` of the run."""
+
+    def __init__(self, job: Job, spec: ArchSpec, record: RecordWriter, observer: Observer) -> None:
+        self._job, self._spec, self._record, self._observer = job, spec, record, observer
+        self._config = job.resolved.config
+        self._servers: list[ServedEngine] = []
+        self._health: asyncio.Task[None] | None = None
+        self._sync: PacketWeights | None = None
+        addresses = self._config.rollout.rollout_external_engine_addrs
+        self._addresses: tuple[str | None, ...] = addresses or (None,) * self._config.engine.num_engines
+        self.seats = [self._seat(rank, address) for rank, address in enumerate(self._addresses)]
+        self.pool = EnginePool(self.seats)
+
+    @asynccontextmanager
+    async def serving(self, source: WeightSource) -> AsyncIterator[EnginePool]:
+        """Servers that answer, and take their weights from `source`; they end with the context."""
+        self._sync = PacketWeights(source, self.pool, self._record)
+        try:
+            with self._record.phase("start_servers"):
+                await asyncio.gather(*(seat.fill() for seat in self.seats))
+            self._watch()
+            yield self.pool
+        finally:
+            if self._health is not None:
+                self._health.cancel()
+            for server in self._servers:
+                server.kill()
+
+    @property
+    def sync(self) -> PacketWeights:
+        """How weights reach the servers; there is one while they serve."""
+        assert self._sync is not None, "servers that serve have a source of weights"
+        return self._sync
+
+    async def checksums(self) -> dict[str, str]:
+        """One number over the weights of each server, by its name."""
+        found = await asyncio.gather(*(call(seat, lambda server: server.checksum()) for seat in self.seats))
+        return {seat.name: checksum for seat, checksum in zip(self.seats, found, strict=True)}
+
+    async def receive_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Give every server weights that are not the trainer's."""
+        await self.pool.receive(TensorPacket(*pack(weights, version)))
+
+    def _seat(self, rank: int, address: str | None) -> Seat[Any]:
+        name = f"engine-{rank}"
+        limit = self._config.fault_tolerance.max_worker_restarts
+        return Seat(name, lambda: self._launch(name, rank, address), limit, self._report)
+
+    async def _launch(self, name: str, rank: int, address: str | None) -> ServedEngine:
+        """A server that answers, with the current weights once there are any."""
+        process = None if address is not None else self._start(name, rank)
+        http = HttpClient(address or process.url)  # type: ignore[union-attr]
+        engine = SglangEngine(http, self._spec, assemble.sglang_settings(self._config, self._job.plan))
+        speculative = self._config.sglang.speculative_algorithm is not None
+        server = ServedEngine(name, engine, process, speculative)
+        self._servers.append(server)
+        if process is not None:
+            self._record.event("worker_start", worker=name, pid=process.pid)
+        await server.ready()
+        if self._sync is not None and self._sync.current is not None:
+            await server.load(self._sync.current)
+        return server
+
+    def _start(self, name: str, rank: int) -> ServerProcess:
+        plan = self._job.plan
+        assert plan.server_python is not None and plan.server_args is not None, "preflight asks for a server"
+        args = {"model_path": str(self._job.source.directory), **plan.server_args}
+        args["random_seed"] = plan.server_args["random_seed"] + rank
+        log = RunLayout(self._job.run_dir).logs_dir / f"{name}.log"
+        longer = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+        return ServerProcess(
+            ServerOptions(
+                python=Path(plan.server_python),
+                args=args,
+                log=log,
+                on_cpu=plan.device == "cpu",
+                environment=dict(plan.exports) | longer,
+            )
+        )
+
+    def _watch(self) -> None:
+        tolerance = self._config.fault_tolerance
+        if tolerance.use_fault_tolerance:
+            checks = self.pool.check_health(
+                tolerance.rollout_health_check_interval,
+                tolerance.rollout_health_check_timeout,
+                tolerance.rollout_health_check_first_wait,
+            )
+            self._health = asyncio.create_task(checks)
+
+    def _report(self, kind: str, **fields: Any) -> None:
+        """A server was lost or replaced."""
+        self._record.event(kind, **fields)
+        self._observer.on_event(kind, fields)
+
+
+class OwnWeights:
+    """The trainer of this process as a source: packets over its own tensors, without a copy."""
+
+    def __init__(self, trainer: TrainWorker, policy: PrecisionPolicy | None) -> None:
+        self._trainer, self._policy = trainer, policy
+
+    async def weights(self, version: int) -> TensorPacket:
+        return TensorPacket(*pack(weights_for_engine(self._trainer, self._policy), version))
+
+
+def local_weights(job: Job, spec: ArchSpec, trainer: TrainWorker) -> WeightSource:
+    """How the weights of a trainer in this process are handed over: as the run file says, else over HTTP."""
+    sync, policy = job.resolved.config.weight_sync, assemble.engine_precision(job.plan)
+    if sync.update_weight_transfer_mode != "disk":
+        return OwnWeights(trainer, policy)
+    shared = sync.update_weight_disk_dir
+    directory = (Path(shared) if shared else job.run_dir) / "weights"
+    directory.mkdir(parents=True, exist_ok=True)
+    return DiskWeights(lambda: weights_for_engine(trainer, policy), spec, job.source.directory, directory)

@@ -1,0 +1,144 @@
+"""SGLang servers as workers of a run: started or attached to, and given the current weights."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from miles.errors import MilesError
+from miles.orchestration.weight_packets import Manifest, Weights, unpack, verify
+from miles.orchestration.worker_loss import WorkerLost
+from miles.rollout.engine import EngineHealth, GenerateRequest
+from miles.rollout.sglang.control import UpdateFailed
+from miles.rollout.sglang.engine import SglangEngine
+from miles.rollout.sglang.http import ConnectionLost
+from miles.rollout.sglang.probe import probe
+from miles.rollout.sglang.server import ServerProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from miles.orchestration.engine_pool import Answer
+
+START_S = 1800.0
+"""Seconds a server has until it answers: a large checkpoint takes minutes to read."""
+
+ATTACH_S = 120.0
+"""Seconds that a server which others started may be away: whoever runs it restarts it."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TensorPacket:
+    """Weights of one version in this process's memory, with the checksum of each."""
+
+    manifest: Manifest
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class DiskPacket:
+    """Weights of one version as a checkpoint that every server can read."""
+
+    directory: Path
+    version: int
+
+
+class ServedEngine:
+    """One server behind `engine_pool.RemoteEngine`: losses of it as WorkerLost, weights checked and loaded.
+
+    `process`: the server, where this process started it.
+    """
+
+    def __init__(
+        self, name: str, engine: SglangEngine, process: ServerProcess | None, speculative: bool
+    ) -> None:
+        self.name, self.engine, self.process = name, engine, process
+        self._speculative = speculative
+        self._probed = False
+
+    async def ready(self) -> None:
+        """Return when it answers. Raises: Unavailable when our server does not start, else WorkerLost."""
+        if self.process is not None:
+            await self.process.wait_ready(START_S)
+            return
+        deadline = time.monotonic() + ATTACH_S
+        while True:
+            try:
+                await self._asked(self.engine.check())
+                return
+            except WorkerLost:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(1.0)
+
+    async def generate(self, calls: Sequence[Sequence[GenerateRequest]]) -> AsyncIterator[tuple[int, Answer]]:
+        """Answer calls as they complete; they are sent together, so that the server batches them."""
+        tasks = [asyncio.create_task(self._answer(i, requests)) for i, requests in enumerate(calls)]
+        try:
+            for completed in asyncio.as_completed(tasks):
+                yield await completed
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _answer(self, index: int, requests: Sequence[GenerateRequest]) -> tuple[int, Answer]:
+        try:
+            return index, await self._asked(self.engine.generate(requests))
+        except WorkerLost:
+            raise
+        except MilesError as refused:
+            return index, refused
+
+    async def abort(self, groups: Collection[int] | None) -> int:
+        return await self._asked(self.engine.abort(groups))
+
+    async def load(self, packet: TensorPacket | DiskPacket) -> None:
+        """Check the packet, hand it over, and prove before the first request what the server can do.
+
+        Raises: WeightsDamaged, before anything is sent; Unavailable when the proof fails.
+        """
+        if isinstance(packet, DiskPacket):
+            version = packet.version
+            await self._asked(self.engine.receive_checkpoint(packet.directory, version))
+        else:
+            version = packet.manifest.version
+            verify(packet.manifest, packet.weights)
+            await self._asked(self.engine.receive_weights(unpack(packet.weights), version))
+        if not self._probed:
+            await self._asked(probe(self.engine, version, self._speculative))
+            self._probed = True
+
+    async def health(self) -> EngineHealth:
+        return await self._asked(self.engine.check())
+
+    async def metrics(self) -> dict[str, float]:
+        (gauges,) = await self._asked(self.engine.measurements())
+        return gauges
+
+    async def checksum(self) -> str:
+        """One number over the weights that the server holds."""
+        return await self._asked(self.engine.control.checksum())
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+
+    async def _asked(self, request: Awaitable[T]) -> T:
+        """The answer; a server that is gone, or whose weights are half new, is lost."""
+        with self._lost_when_gone():
+            return await request
+
+    @contextmanager
+    def _lost_when_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except (ConnectionLost, UpdateFailed) as gone:
+            ended = self.process.ended if self.process is not None else None
+            raise WorkerLost(self.name, ended or f"{gone.what}: {gone.why}") from gone

@@ -1,0 +1,50 @@
+"""Rules on SGLang servers: the environment they run from, and arguments that miles decides itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from miles.planning.findings import Found, Severity
+from miles.planning.rules.rule import rule
+from miles.planning.server_args import OWNED
+from miles.planning.subject import Subject
+
+
+@rule(
+    "SRV1",
+    Severity.ERROR,
+    title="no environment with SGLang",
+    cause="SGLang pins its own torch and transformers, so its servers run from an environment of their own",
+    fix="make sglang-cpu, or --server-python PATH/bin/python of an environment that has it",
+    local=True,
+)
+def no_server_environment(subject: Subject) -> Iterator[Found]:
+    if not subject.starts_servers:
+        return
+    server = subject.facts.server
+    if server is None:
+        yield Found("no Python with SGLang was found", "rollout.backend")
+    elif server.version is None:
+        yield Found(f"no SGLang beside {server.python}", "engine.server_python")
+
+
+@rule(
+    "SRV2",
+    Severity.ERROR,
+    title="an argument that miles decides",
+    cause="servers listen on loopback ports that are free, on the run's own checkpoint and context length",
+    fix="leave it out",
+)
+def owned_argument(subject: Subject) -> Iterator[Found]:
+    if subject.config.rollout.backend == "sglang":
+        for name in OWNED:
+            if name in subject.config.sglang.server_args():
+                yield Found(f"{name} is set for SGLang", f"sglang.{name}", _INSTEAD.get(name, ""))
+
+
+_INSTEAD = {
+    "context_length": "use --rollout-max-context-len",
+    "host": "attach to servers that you started: --rollout-external-engine-addrs http://host:port",
+    "port": "attach to servers that you started: --rollout-external-engine-addrs http://host:port",
+    "model_path": "use --hf-checkpoint",
+}

@@ -1,0 +1,42 @@
+"""The exact arguments of an SGLang server, as a run needs them; what the run file says itself wins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from miles.config import RunConfig
+from miles.planning.engine_limits import EngineLimits
+
+SERVER_DTYPES: Mapping[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""What a server calls a format of plain weights; a quantised checkpoint says its own (`auto`)."""
+
+CONTEXT_ROOM = 2
+"""Positions beyond the longest request: a server ends one that is to fill its context two tokens early."""
+
+OWNED = ("host", "port", "model_path", "model", "tokenizer_path", "context_length", "weight_version")
+"""Arguments that miles decides: a value in the run file would be overruled, and is refused."""
+
+
+def plan_server_args(
+    config: RunConfig, limits: EngineLimits, rollout_format: str, replay: bool, on_gpus: bool
+) -> dict[str, Any]:
+    """By SGLang's own names, in the order of the command line; checkpoint and address come at launch."""
+    rollout = config.rollout
+    args: dict[str, Any] = {
+        "dtype": SERVER_DTYPES.get(rollout_format, "auto"),
+        "context_length": limits.context + CONTEXT_ROOM,
+        "random_seed": rollout.rollout_seed,
+        # Token ids go in and come out: no tokenizer works in the server.
+        "skip_tokenizer_init": True,
+        "enable_metrics": True,
+    }
+    if replay:
+        args["enable_return_routed_experts"] = True
+    if on_gpus:
+        args["tp_size"] = config.cluster.rollout_num_gpus_per_engine
+    else:
+        # Left alone, a server takes its memory from what the machine has free.
+        args["max_running_requests"] = limits.running_requests
+        args["max_total_tokens"] = limits.running_requests * args["context_length"]
+    return args | config.sglang.server_args()

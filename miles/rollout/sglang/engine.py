@@ -1,0 +1,197 @@
+"""The SGLang engine: the engine protocol over one running server, whoever started it.
+
+>>> engine = SglangEngine(HttpClient("http://127.0.0.1:30000"), spec, SglangSettings(max_context_len=4096))
+>>> await engine.receive_weights(trainer.named_weights(), version=1)
+>>> outputs = await engine.generate([GenerateRequest(input_ids=[1, 2], sampling=params, sample_key=0)])
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from miles.arch.spec import ArchSpec
+from miles.errors import RunError
+from miles.rollout.engine import EngineHealth, GenerateOutput, GenerateRequest, RequestRefused
+from miles.rollout.sglang.contract import BrokenContract, RouteShape, group_body, read_answer
+from miles.rollout.sglang.control import Control, PauseMode, UpdateFailed
+from miles.rollout.sglang.http import ConnectionLost, HttpClient
+from miles.rollout.sglang.weight_payload import with_tied_head
+
+BUCKET_BYTES = 512 * 1024**2
+BAD_REQUEST = range(400, 500)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SglangSettings:
+    """What the client must know of its server.
+
+    Attributes:
+        max_context_len: most tokens of one request, prompt and response together.
+        return_routed_experts: ask for routes where a request does; the server was started for it.
+        tensor_parallel_size: GPUs of the server, each of which is sent the weights.
+        bucket_bytes: most bytes of weights in one request.
+        pause_mode: what becomes of running requests while weights change.
+    """
+
+    max_context_len: int
+    return_routed_experts: bool = True
+    tensor_parallel_size: int = 1
+    bucket_bytes: int = BUCKET_BYTES
+    pause_mode: PauseMode = "retract"
+
+
+class SglangEngine:
+    """One server behind the protocol of `miles.rollout.engine.Engine`.
+
+    Requests of one call travel together and share their prompt's prefix. Every method may raise
+    ConnectionLost when the server is gone.
+    """
+
+    def __init__(self, http: HttpClient, spec: ArchSpec, settings: SglangSettings) -> None:
+        self.http, self.settings = http, settings
+        self.control = Control(http, settings.tensor_parallel_size)
+        self._vocab_size, self._tied = spec.vocab_size, spec.tie_word_embeddings
+        self._routes = RouteShape.of(spec) if settings.return_routed_experts else None
+        self._numbers = itertools.count()
+        self._running: dict[str, tuple[int | None, int]] = {}
+        """Calls in flight by their name: group and number of requests."""
+        self._version: int | None = None
+        self._broken = ""
+        self._paused = False
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateOutput]:
+        """Answer all requests, in their order; see the protocol.
+
+        Raises: BrokenContract when the server leaves out what was asked for.
+        """
+        if self._broken:
+            raise RunError("the SGLang engine cannot generate", where=self.http.url, why=self._broken)
+        for request in requests:
+            self._refuse_unfit(request)
+        if not requests:
+            return []
+        # The hyphen ends the name: call-1- is no prefix of call-12-.
+        call = f"call-{next(self._numbers)}-"
+        rids = [f"{call}{i}-" for i in range(len(requests))]
+        self._running[call] = (requests[0].group, len(requests))
+        try:
+            response = await self.http.post(
+                "/generate", group_body(requests, rids, routes=self._routes is not None)
+            )
+        finally:
+            del self._running[call]
+        if response.status in BAD_REQUEST:
+            raise RequestRefused("the SGLang server refused a request", self.http.url, response.complaint())
+        if not response.ok:
+            raise ConnectionLost(f"{self.http.url} failed", why=f"{response.status}: {response.complaint()}")
+        return self._read(requests, response.json())
+
+    def _read(self, requests: Sequence[GenerateRequest], answers: object) -> list[GenerateOutput]:
+        if not isinstance(answers, list) or len(answers) != len(requests):
+            raise BrokenContract(
+                f"{len(requests)} requests were sent together, the answer is no list of as many"
+            )
+        return [
+            read_answer(
+                request, answer, self._routes if request.return_routed_experts else None, self._version
+            )
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+
+    async def abort(self, groups: Collection[int] | None = None) -> int:
+        """End the requests of these groups (None: all) with what they have; returns how many."""
+        chosen = {
+            call: count for call, (group, count) in self._running.items() if groups is None or group in groups
+        }
+        for call in chosen:
+            await self.control.abort(call)
+        return sum(chosen.values())
+
+    async def pause(self) -> None:
+        """Stop between two steps; requests in flight keep their cache."""
+        await self.control.pause("in_place")
+        self._paused = True
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        await self.control.resume()
+        self._paused = False
+
+    async def flush_cache(self) -> None:
+        """Forget cached prefixes."""
+        await self.control.flush_cache()
+
+    async def receive_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Send every weight by its published name, while nothing decodes.
+
+        When that fails the engine serves nothing until weights arrive whole. Raises: UpdateFailed.
+        """
+        bucket, flush = self.settings.bucket_bytes, self.settings.pause_mode != "in_place"
+        sent = with_tied_head(weights) if self._tied else weights
+        await self._update(version, lambda: self.control.update_from_tensors(sent, version, bucket, flush))
+
+    async def receive_checkpoint(self, checkpoint: Path, version: int) -> None:
+        """Let the server read its weights from a directory. Raises: UpdateFailed."""
+        flush = self.settings.pause_mode != "in_place"
+        await self._update(version, lambda: self.control.update_from_disk(checkpoint, version, flush))
+
+    async def _update(self, version: int, transfer: Callable[[], Awaitable[object]]) -> None:
+        self._broken = f"receiving weight version {version} failed half way"
+        await self.control.pause(self.settings.pause_mode)
+        await transfer()
+        told = await self.control.weight_version()
+        if told != version:
+            raise UpdateFailed(
+                f"the server says it has weight version {told}", self.http.url, f"{version} was sent"
+            )
+        await self.control.resume()
+        self._version, self._broken = version, ""
+
+    def health(self) -> EngineHealth:
+        """What this client knows; `check` asks the server."""
+        return EngineHealth(
+            ok=not self._broken,
+            reason=self._broken,
+            weight_version=self._version,
+            running=sum(count for _, count in self._running.values()),
+            waiting=0,
+            paused=self._paused,
+        )
+
+    async def check(self) -> EngineHealth:
+        """Health after the server answered. Raises: ConnectionLost when it does not."""
+        if not self._paused:
+            response = await self.http.get("/health")
+            if not response.ok:
+                raise ConnectionLost(f"{self.http.url} is not well", why=f"/health gave {response.status}")
+        return self.health()
+
+    async def measurements(self) -> list[dict[str, float]]:
+        """The server's own gauges and counters, under SGLang's names; empty where they are off."""
+        return [await self.control.gauges()]
+
+    def _refuse_unfit(self, request: GenerateRequest) -> None:
+        """What a server would answer with an error, or clip: said before anything is sent."""
+        prompt, new = request.input_ids, request.sampling.max_new_tokens
+        where = f"request with sample key {request.sample_key}"
+        if not prompt:
+            raise RequestRefused("an empty prompt", where=where, why="the first token needs one before it")
+        if len(prompt) + new > self.settings.max_context_len:
+            raise RequestRefused(
+                f"{len(prompt)} prompt tokens and {new} new ones make {len(prompt) + new}",
+                where=where,
+                why=f"a request holds at most {self.settings.max_context_len} tokens",
+                fix="lower --rollout-max-response-len or raise --rollout-max-context-len",
+            )
+        outside = next((token for token in prompt if not 0 <= token < self._vocab_size), None)
+        if outside is not None:
+            raise RequestRefused(
+                f"input_ids holds {outside}",
+                where=where,
+                why=f"the vocabulary has ids 0 to {self._vocab_size - 1}",
+            )

@@ -1,0 +1,92 @@
+"""Starts a real SGLang server without CUDA. Executed by the server's own Python, never imported by miles.
+
+SGLang 0.5.20 computes everything it needs in torch on a CPU, but some of its modules name CUDA kernels or
+CUDA runtime calls when they are imported or on the way. The few lines below stand in for those names. None of
+them computes anything that a model's output depends on.
+
+SGLang's worker processes import this file again (multiprocessing's spawn), so what is at top level reaches
+each of them.
+"""
+
+import importlib.machinery
+import os
+import socket
+import sys
+import types
+from typing import Any, ClassVar
+
+os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+import torch
+import torch.distributed
+
+
+class _KernelStub(types.ModuleType):
+    """A module whose every name exists and refuses to be called."""
+
+    __path__: ClassVar[list[str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError(f"{self.__name__}.{name} is a CUDA kernel")
+
+        return refuse
+
+
+def _stand_in_for_kernels() -> None:
+    """torchvision built for CUDA lacks two operators on a CPU torch; sgl_kernel has no CPU wheel."""
+    for operator in ("nms", "qnms"):
+        signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        torch.library.define(f"torchvision::{operator}", signature)
+    for name in ("sgl_kernel", "sgl_kernel.flash_attn", "sgl_kernel.mamba"):
+        stub = _KernelStub(name)
+        stub.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        sys.modules[name] = stub
+
+
+def _stand_in_for_cuda_runtime() -> None:
+    """Host memory of the route recorder is pinned through CUDA, and the weight checksum waits for it."""
+    from sglang.srt.mem_cache.pool_host import common
+
+    def allocate(dims: Any, dtype: torch.dtype, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(dims, dtype=dtype)
+
+    common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
+    if not torch.cuda.is_available():
+        torch.cuda.synchronize = lambda *args, **kwargs: None
+
+
+def _listen_on_loopback() -> None:
+    """torch's rendezvous store listens on every interface unless it is given a socket."""
+    rendezvous: Any = sys.modules["torch.distributed.rendezvous"]
+    make_store = rendezvous.TCPStore
+
+    def loopback_store(host_name: str, port: int, is_master: bool, **options: Any) -> Any:
+        if is_master:
+            listener = socket.socket()
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host_name, port))
+            listener.listen()
+            options["master_listen_fd"] = listener.detach()
+        return make_store(host_name=host_name, port=port, is_master=is_master, **options)
+
+    rendezvous.TCPStore = loopback_store
+
+
+_stand_in_for_kernels()
+_stand_in_for_cuda_runtime()
+_listen_on_loopback()
+
+if __name__ == "__main__":
+    from sglang.launch_server import run_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+
+    try:
+        run_server(prepare_server_args(sys.argv[1:]))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)

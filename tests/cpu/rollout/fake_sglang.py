@@ -1,0 +1,152 @@
+"""A server that speaks the documented contract of SGLang, old or new, over real HTTP on loopback.
+
+It stands in where a test is about the contract of a version that is not installed, or about a server that
+misbehaves. Real servers are in `tests/e2e/test_sglang.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import pickle
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+
+Answer = tuple[int, Any]
+
+
+class FakeSglang:
+    """`sessions`: weights are refused outside begin/end, as from 0.5.22 on."""
+
+    def __init__(self, *, sessions: bool = False, layers: int = 2, top_k: int = 2) -> None:
+        self.sessions, self.layers, self.top_k = sessions, layers, top_k
+        self.calls: list[tuple[str, Any]] = []
+        self.received: dict[str, torch.Tensor] = {}
+        self.buckets: list[list[str]] = []
+        self.version = "default"
+        self.in_session = False
+        self.paused = False
+        self.overrides: dict[str, Answer] = {}
+        self.drop_fields: set[str] = set()
+        self.hang_up_on: set[str] = set()
+        self.generating = asyncio.Event()
+        self.finish = asyncio.Event()
+        self.finish.set()
+        self.url = ""
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path, _ in self.calls]
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[FakeSglang]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        try:
+            yield self
+        finally:
+            server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        path = head.split(" ")[1]
+        length = next((int(line[15:]) for line in head.split("\r\n") if line.startswith("Content-Length")), 0)
+        body = orjson.loads(await reader.readexactly(length)) if length else None
+        self.calls.append((path, body))
+        if path not in self.hang_up_on:
+            status, answer = await self._answer(path, body)
+            raw = answer if isinstance(answer, bytes) else orjson.dumps(answer)
+            # In two chunks, as servers that stream do.
+            parts = [part for part in (raw[:5], raw[5:]) if part]
+            chunks = b"".join(f"{len(part):x}\r\n".encode() + part + b"\r\n" for part in parts)
+            head = f"HTTP/1.1 {status} X\r\nTransfer-Encoding: chunked\r\n\r\n"
+            writer.write(head.encode() + chunks + b"0\r\n\r\n")
+            await writer.drain()
+        writer.close()
+
+    async def _answer(self, path: str, body: Any) -> Answer:
+        if path in self.overrides:
+            return self.overrides[path]
+        handler = getattr(self, "_on" + path.replace("/", "_"), None)
+        if handler is None or (path.endswith("_weight_update") and not self.sessions):
+            return 404, {"detail": "Not Found"}
+        return await handler(body)
+
+    async def _on_health(self, _: Any) -> Answer:
+        return 200, b""
+
+    async def _on_model_info(self, _: Any) -> Answer:
+        return 200, {"weight_version": self.version}
+
+    async def _on_metrics(self, _: Any) -> Answer:
+        page = '# HELP x\nsglang:num_running_reqs{tp="0"} 2.0\nsglang:num_running_reqs{tp="1"} 1.0\nother 5\n'
+        return 200, (page + 'sglang:latency_bucket{le="1"} 7\n').encode()
+
+    async def _on_pause_generation(self, _: Any) -> Answer:
+        self.paused = True
+        return 200, {"status": "ok"}
+
+    async def _on_continue_generation(self, _: Any) -> Answer:
+        self.paused = False
+        return 200, {"status": "ok"}
+
+    async def _on_begin_weight_update(self, _: Any) -> Answer:
+        self.in_session = True
+        return 200, {"success": True}
+
+    async def _on_end_weight_update(self, _: Any) -> Answer:
+        self.in_session = False
+        return 200, {"success": True}
+
+    async def _on_update_weights_from_tensor(self, body: Any) -> Answer:
+        if self.sessions and not self.in_session:
+            return 400, {"success": False, "message": "no weight update is open"}
+        (payload,) = body["serialized_named_tensors"]
+        bucket = pickle.loads(base64.b64decode(payload))
+        self.received |= dict(bucket)
+        self.buckets.append([name for name, _ in bucket])
+        self.version = body.get("weight_version", self.version)
+        return 200, {"success": True, "message": "ok"}
+
+    async def _on_update_weights_from_disk(self, body: Any) -> Answer:
+        self.version = body["weight_version"]
+        return 200, {"success": True, "message": body["model_path"]}
+
+    async def _on_abort_request(self, _: Any) -> Answer:
+        self.finish.set()
+        return 200, b""
+
+    async def _on_generate(self, body: Any) -> Answer:
+        self.generating.set()
+        await self.finish.wait()
+        return 200, [
+            self._sample(ids, params)
+            for ids, params in zip(body["input_ids"], body["sampling_params"], strict=True)
+        ]
+
+    def _sample(self, ids: list[int], params: dict[str, Any]) -> dict[str, Any]:
+        stops, wanted = params.get("stop_token_ids", []), params["max_new_tokens"]
+        output = [7] if 7 in stops else [7] * wanted
+        rows = len(ids) + len(output) - 1
+        routes = np.arange(rows * self.layers * self.top_k, dtype="<i4") % 8
+        meta = {
+            "finish_reason": {"type": "stop" if 7 in stops else "length"},
+            "output_token_logprobs": [[-0.5, token, None] for token in output],
+            "weight_version": self.version,
+            "weight_versions": [{"version": self.version, "start": 0, "end": len(output)}],
+            "cached_tokens": 3,
+            "routed_experts": base64.b64encode(routes.tobytes()).decode(),
+            "spec_verify_ct": 4,
+            "spec_num_correct_drafts": 5,
+            "spec_num_proposed_drafts": 8,
+            "spec_correct_drafts_histogram": [1, 1, 2],
+        }
+        return {
+            "output_ids": output,
+            "meta_info": {k: v for k, v in meta.items() if k not in self.drop_fields},
+        }

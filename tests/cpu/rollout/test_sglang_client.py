@@ -1,0 +1,274 @@
+"""The SGLang client against the contract: what is sent, what is read, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from miles.arch import ArchSpec
+from miles.arch.spec import DenseMlpSpec
+from miles.errors import ConfigError, RunError, Unavailable
+from miles.planning.facts.checkpoint import read_checkpoint
+from miles.rollout.engine import GenerateRequest, RequestRefused, SamplingParams
+from miles.rollout.sglang.command import ServerOptions, argument_words, command_line
+from miles.rollout.sglang.contract import BrokenContract
+from miles.rollout.sglang.control import UpdateFailed
+from miles.rollout.sglang.engine import SglangEngine, SglangSettings
+from miles.rollout.sglang.http import ConnectionLost, HttpClient
+from miles.rollout.sglang.probe import probe
+from miles.rollout.sglang.weight_payload import buckets, encode
+from tests.cpu.rollout.fake_sglang import FakeSglang
+
+WEIGHTS = [("model.embed_tokens.weight", torch.ones(4, 2)), ("model.norm.weight", torch.zeros(2))]
+
+
+@pytest.fixture
+def spec() -> ArchSpec:
+    found = read_checkpoint("builtin:sort")[0].spec
+    assert found is not None
+    return found
+
+
+def settle(scenario: Awaitable[None]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(scenario, 10)
+
+    asyncio.run(bounded())
+
+
+def with_server(
+    spec: ArchSpec,
+    scenario: Callable[[FakeSglang, SglangEngine], Awaitable[None]],
+    sessions: bool = False,
+    settings: SglangSettings = SglangSettings(max_context_len=16),  # noqa: B008
+) -> None:
+    async def run() -> None:
+        async with FakeSglang(sessions=sessions).running() as server:
+            await scenario(server, SglangEngine(HttpClient(server.url), spec, settings))
+
+    settle(run())
+
+
+def request(*ids: int, group: int | None = 0, new: int = 3, stop: tuple[int, ...] = ()) -> GenerateRequest:
+    sampling = SamplingParams(max_new_tokens=new, stop_token_ids=stop)
+    return GenerateRequest(input_ids=ids, sampling=sampling, sample_key=5, group=group)
+
+
+def test_an_answer_becomes_the_fields_of_a_sample(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        await engine.receive_weights(WEIGHTS, version=4)
+        first, second = await engine.generate([request(1, 2, 3), request(1, 2, 3, stop=(7,))])
+        assert first.output_ids == [7, 7, 7] and first.finish_reason == "length"
+        assert second.output_ids == [7] and second.finish_reason == "stop"
+        assert first.log_probs.dtype == np.float32 and first.log_probs.tolist() == [-0.5] * 3
+        assert first.routed_experts is not None and first.routed_experts.dtype == np.int16
+        assert first.routed_experts.tolist() == (np.arange(5 * 2 * 2) % 8).reshape(5, 2, 2).tolist()
+        assert first.weight_versions == [(4, 0)] and first.cached_tokens == 3
+        counters = first.spec_info
+        assert counters is not None
+        assert (counters.accepted_tokens, counters.draft_tokens, counters.verify_steps) == (5, 8, 4)
+        assert counters.tried == [4, 3] and counters.accepted == [3, 2]
+        sent = server.calls[-1][1]
+        assert sent["return_logprob"] and sent["return_routed_experts"]
+        assert sent["sampling_params"][0]["ignore_eos"] and "ignore_eos" not in sent["sampling_params"][1]
+
+    with_server(spec, scenario)
+
+
+def test_only_moe_layers_are_kept_of_the_routes(spec: ArchSpec) -> None:
+    layers = (replace(spec.layers[0], mlp=DenseMlpSpec(64)), spec.layers[1])
+
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        (output,) = await engine.generate([request(1, new=1)])
+        assert output.routed_experts is not None and output.routed_experts.tolist() == [[[2, 3]]]
+
+    with_server(replace(spec, layers=layers), scenario)
+
+
+def test_weights_travel_in_buckets_and_the_version_with_the_last(spec: ArchSpec) -> None:
+    settings = SglangSettings(max_context_len=16, bucket_bytes=32)
+
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        await engine.receive_weights(WEIGHTS, version=2)
+        assert server.buckets == [["model.embed_tokens.weight"], ["lm_head.weight"], ["model.norm.weight"]]
+        updates = [body for path, body in server.calls if path == "/update_weights_from_tensor"]
+        assert [body.get("weight_version") for body in updates] == [None, None, "2"]
+        assert [body["flush_cache"] for body in updates] == [False, False, True]
+        assert server.paths[0] == "/pause_generation" and server.paths[-1] == "/continue_generation"
+        assert engine.health().ok and engine.health().weight_version == 2
+
+    with_server(spec, scenario, settings=settings)
+
+
+def test_the_head_of_a_tied_model_is_sent_as_a_tensor_of_its_own(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        await engine.receive_weights(WEIGHTS, version=1)
+        tied = engine is not None and spec.tie_word_embeddings
+        assert tied and torch.equal(server.received["lm_head.weight"], WEIGHTS[0][1])
+
+    with_server(spec, scenario)
+
+
+@pytest.mark.parametrize("sessions", [False, True], ids=["to 0.5.20", "from 0.5.22"])
+def test_both_contracts_of_a_weight_update_are_spoken(spec: ArchSpec, sessions: bool) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        await engine.receive_weights(WEIGHTS, version=1)
+        assert set(server.received) == {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
+        assert not server.in_session and not server.paused
+        assert ("/end_weight_update" in server.paths) is sessions
+
+    with_server(spec, scenario, sessions)
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        ("/update_weights_from_tensor", (400, {"success": False, "message": "shape mismatch"})),
+        ("/update_weights_from_tensor", (200, {"success": False, "message": "shape mismatch"})),
+        ("/model_info", (200, {"weight_version": "0"})),
+    ],
+    ids=["refused", "failed", "another version"],
+)
+def test_an_engine_with_half_an_update_serves_nothing(spec: ArchSpec, path: str, answer: object) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        server.overrides[path] = answer  # type: ignore[assignment]
+        with pytest.raises(UpdateFailed):
+            await engine.receive_weights(WEIGHTS, version=1)
+        assert server.paused, "it must not decode with weights of two versions"
+        with pytest.raises(RunError, match="cannot generate"):
+            await engine.generate([request(1)])
+        del server.overrides[path]
+        await engine.receive_weights(WEIGHTS, version=1)
+        assert await engine.generate([request(1)])
+
+    with_server(spec, scenario)
+
+
+def test_weights_from_disk_carry_their_version(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        await engine.receive_checkpoint(Path("/shared/weights-000003"), version=3)
+        (body,) = [body for path, body in server.calls if path == "/update_weights_from_disk"]
+        assert body["model_path"] == "/shared/weights-000003" and body["weight_version"] == "3"
+
+    with_server(spec, scenario)
+
+
+def test_a_payload_holds_no_more_than_its_tensor() -> None:
+    base = torch.zeros(1000, 1000)
+    assert len(encode([("a", base[0])])) < 10_000
+    assert [last for _, last in buckets([("a", base), ("b", base)], 1)] == [False, True]
+
+
+def test_an_abort_reaches_the_groups_that_it_names(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        server.finish.clear()
+        answers = asyncio.create_task(engine.generate([request(1, group=3), request(1, group=3)]))
+        await server.generating.wait()
+        assert engine.health().running == 2
+        assert await engine.abort({4}) == 0
+        assert await engine.abort({3}) == 2
+        await answers
+        rids = next(body["rid"] for path, body in server.calls if path == "/generate")
+        named = next(body["rid"] for path, body in server.calls if path == "/abort_request")
+        assert all(rid.startswith(named) for rid in rids) and len(set(rids)) == 2
+
+    with_server(spec, scenario)
+
+
+def test_what_a_server_would_refuse_or_clip_is_refused_first(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        for bad in (request(), request(*range(10), new=7), request(55)):
+            with pytest.raises(RequestRefused):
+                await engine.generate([bad])
+        assert server.calls == []
+        server.overrides["/generate"] = (400, {"error": {"message": "unknown field `x`"}})
+        with pytest.raises(RequestRefused, match="unknown field `x`"):
+            await engine.generate([request(1)])
+
+    with_server(spec, scenario)
+
+
+def test_a_server_that_hangs_up_is_lost(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        server.hang_up_on.add("/generate")
+        with pytest.raises(ConnectionLost):
+            await engine.generate([request(1)])
+
+    with_server(spec, scenario)
+
+
+def test_the_probe_passes_a_server_that_can_do_everything(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        await engine.receive_weights(WEIGHTS, version=0)
+        await probe(engine, version=0, speculative=True)
+
+    with_server(spec, scenario)
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("output_token_logprobs", "output_token_logprobs"),
+        ("routed_experts", "routed_experts"),
+        ("spec_verify_ct", "guesses"),
+    ],
+)
+def test_the_probe_names_what_is_missing(spec: ArchSpec, missing: str, said: str) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        await engine.receive_weights(WEIGHTS, version=0)
+        server.drop_fields.add(missing)
+        with pytest.raises(Unavailable, match=said):
+            await probe(engine, version=0, speculative=True)
+
+    with_server(spec, scenario)
+
+
+def test_the_probe_notices_another_version(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        await engine.receive_weights(WEIGHTS, version=0)
+        server.version = "9"
+        with pytest.raises(Unavailable, match="weight versions"):
+            await probe(engine, version=0)
+
+    with_server(spec, scenario)
+
+
+def test_routes_of_another_shape_are_refused(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        server.layers = 3
+        with pytest.raises(BrokenContract, match="2 layers"):
+            await engine.generate([request(1)])
+
+    with_server(spec, scenario)
+
+
+def test_gauges_are_summed_over_their_labels(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        assert await engine.measurements() == [{"num_running_reqs": 3.0}]
+
+    with_server(spec, scenario)
+
+
+def test_the_command_line_says_what_was_asked_for() -> None:
+    assert argument_words({"a_b": 1, "on": True, "off": False, "many": ["x", "y"], "none": None}) == [
+        *("--a-b", "1", "--on", "--many", "x", "y")
+    ]
+    python = Path(sys.executable)
+    options = ServerOptions(python=python, args={"attention_backend": "triton"}, log=Path("l"))
+    words = command_line(options, "127.0.0.1", 4000)
+    assert words[words.index("--attention-backend") + 1] == "triton", "an explicit argument wins"
+    assert words[-4:] == ["--host", "127.0.0.1", "--port", "4000"]
+    on_gpu = command_line(replace(options, on_cpu=False), "127.0.0.1", 4000)
+    assert "sglang.launch_server" in on_gpu and "--device" not in on_gpu
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="address"):
+        HttpClient("ftp://somewhere")
