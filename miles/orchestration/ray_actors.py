@@ -20,6 +20,8 @@ from miles.orchestration import assemble, workers
 from miles.orchestration.rewarding import failures_of, scorer_of
 from miles.orchestration.route_wire import pack_answer, unpack_samples
 from miles.orchestration.run_model import run_model
+from miles.orchestration.sglang_crew import make_server
+from miles.orchestration.sglang_servers import TensorPacket
 from miles.orchestration.weight_packets import Manifest, Weights, pack, unpack, verify
 from miles.orchestration.weight_sync import weights_for_engine
 from miles.record import RecordWriter, RunLayout
@@ -182,6 +184,44 @@ class EngineActor:
         return self._engine.metrics()
 
 
+class ServerActor:
+    """One SGLang server, started on the node of this process or attached to; the methods of `EngineActor`."""
+
+    def __init__(self, post: Post) -> None:
+        self._record = take_post(post)
+        job, rank = post.job, int(post.name.rpartition("-")[2])
+        addresses = job.resolved.config.rollout.rollout_external_engine_addrs
+        spec = run_model(job.resolved.config, job.source)
+        # The server prints into a file of its own, beside that of this process.
+        address = addresses[rank] if addresses else None
+        self._server = make_server(job, spec, f"server-{rank}", rank, address)
+
+    async def ready(self) -> int:
+        """The process id, once the server answers."""
+        await self._server.ready()
+        return os.getpid()
+
+    async def load(self, manifest: Manifest, weights: Weights) -> None:
+        """Check all of the weights, then hand them over. Raises: WeightsDamaged, WorkerLost."""
+        with self._record.busy("update_weights"):
+            await self._server.load(TensorPacket(manifest, weights))
+
+    async def generate(self, calls: Sequence[Sequence[GenerateRequest]]) -> AsyncIterator[tuple[int, Answer]]:
+        """Answer calls as they complete; they are sent together. Raises: WorkerLost."""
+        with self._record.busy("generate"):
+            async for index, answer in self._server.generate(calls):
+                yield index, pack_answer(answer)
+
+    async def abort(self, groups: Collection[int] | None) -> int:
+        return await self._server.abort(groups)
+
+    async def health(self) -> EngineHealth:
+        return await self._server.health()
+
+    async def metrics(self) -> dict[str, float]:
+        return await self._server.metrics()
+
+
 class RewardActor:
     """One process that judges responses."""
 
@@ -206,5 +246,10 @@ class RewardActor:
         return list(samples), failures_of(report)
 
 
-ACTORS: dict[str, type[Any]] = {"trainer": TrainerActor, "engine": EngineActor, "reward": RewardActor}
-"""Worker classes by role; a worker is called <role>-<rank>."""
+ACTORS: dict[str, type[Any]] = {
+    "trainer": TrainerActor,
+    "engine": EngineActor,
+    "server": ServerActor,
+    "reward": RewardActor,
+}
+"""Worker classes by what they are; an engine and a server are both called engine-<rank>."""

@@ -149,7 +149,8 @@ class _Crew:
             "scheduling_strategy": self._runtime.place(bundle),
             "runtime_env": {"env_vars": dict(self._job.plan.exports)},
         }
-        actor = ray.remote(ACTORS[role]).options(**options).remote(Post(name, self._job, os.getcwd()))
+        kind = "server" if role == "engine" and self._job.plan.engine == "sglang" else role
+        actor = ray.remote(ACTORS[kind]).options(**options).remote(Post(name, self._job, os.getcwd()))
         pid = await answer(name, actor.ready.remote())
         worker = handle(name, actor, pid)
         self._workers.append(worker)

@@ -82,35 +82,14 @@ class SglangCrew:
 
     async def _launch(self, name: str, rank: int, address: str | None) -> ServedEngine:
         """A server that answers, with the current weights once there are any."""
-        process = None if address is not None else self._start(name, rank)
-        http = HttpClient(address or process.url)  # type: ignore[union-attr]
-        engine = SglangEngine(http, self._spec, assemble.sglang_settings(self._config, self._job.plan))
-        speculative = self._config.sglang.speculative_algorithm is not None
-        server = ServedEngine(name, engine, process, speculative)
+        server = make_server(self._job, self._spec, name, rank, address)
         self._servers.append(server)
-        if process is not None:
-            self._record.event("worker_start", worker=name, pid=process.pid)
+        if server.process is not None:
+            self._record.event("worker_start", worker=name, pid=server.process.pid)
         await server.ready()
         if self._sync is not None and self._sync.current is not None:
             await server.load(self._sync.current)
         return server
-
-    def _start(self, name: str, rank: int) -> ServerProcess:
-        plan = self._job.plan
-        assert plan.server_python is not None and plan.server_args is not None, "preflight asks for a server"
-        args = {"model_path": str(self._job.source.directory), **plan.server_args}
-        args["random_seed"] = plan.server_args["random_seed"] + rank
-        log = RunLayout(self._job.run_dir).logs_dir / f"{name}.log"
-        longer = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
-        return ServerProcess(
-            ServerOptions(
-                python=Path(plan.server_python),
-                args=args,
-                log=log,
-                on_cpu=plan.device == "cpu",
-                environment=dict(plan.exports) | longer,
-            )
-        )
 
     def _watch(self) -> None:
         tolerance = self._config.fault_tolerance
@@ -126,6 +105,33 @@ class SglangCrew:
         """A server was lost or replaced."""
         self._record.event(kind, **fields)
         self._observer.on_event(kind, fields)
+
+
+def make_server(job: Job, spec: ArchSpec, name: str, rank: int, address: str | None) -> ServedEngine:
+    """The client of the server at `address`, or of one that is started here; it may not answer yet."""
+    process = None if address is not None else _start(job, name, rank)
+    http = HttpClient(address if process is None else process.url)  # type: ignore[arg-type]
+    engine = SglangEngine(http, spec, assemble.sglang_settings(job.resolved.config, job.plan))
+    speculative = job.resolved.config.sglang.speculative_algorithm is not None
+    return ServedEngine(name, engine, process, speculative)
+
+
+def _start(job: Job, name: str, rank: int) -> ServerProcess:
+    plan = job.plan
+    assert plan.server_python is not None and plan.server_args is not None, "preflight asks for a server"
+    args = {"model_path": str(job.source.directory), **plan.server_args}
+    args["random_seed"] = plan.server_args["random_seed"] + rank
+    # The longest request has two positions to spare, also where it fills those of the model.
+    longer = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    return ServerProcess(
+        ServerOptions(
+            python=Path(plan.server_python),
+            args=args,
+            log=RunLayout(job.run_dir).logs_dir / f"{name}.log",
+            on_cpu=plan.device == "cpu",
+            environment=dict(plan.exports) | longer,
+        )
+    )
 
 
 class OwnWeights:

@@ -40,4 +40,5 @@ def plan_workers(config: RunConfig, threads: int) -> WorkersPlan:
     ranks = config.training.data_parallel_size
     if config.algorithm.loss_type == "sft_loss":
         return WorkersPlan(ranks, 0, 0, threads)
-    return WorkersPlan(ranks, config.engine.num_engines, config.reward.num_reward_workers, threads)
+    engines = len(config.rollout.rollout_external_engine_addrs) or config.engine.num_engines
+    return WorkersPlan(ranks, engines, config.reward.num_reward_workers, threads)

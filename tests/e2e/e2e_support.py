@@ -49,9 +49,11 @@ class Cli:
         self._processes.append(process)
         return process
 
-    def __call__(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, *arguments: str, timeout: float = 300, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **options)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=timeout)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def kill_leftovers(self) -> None:
@@ -64,12 +66,14 @@ class Cli:
         (run,) = [path for path in self.runs.iterdir() if path.is_dir()]
         return run
 
-    def wait_until(self, condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], process: subprocess.Popen[str], timeout: float = 120
+    ) -> None:
         """Wait for something that a live process does; a process that ended first fails the test."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + timeout
         while not condition():
             assert process.poll() is None, f"ended early: {process.communicate()}"
-            assert time.monotonic() < deadline, "it did not happen within two minutes"
+            assert time.monotonic() < deadline, f"it did not happen within {timeout:g} s"
             time.sleep(0.005)
 
 

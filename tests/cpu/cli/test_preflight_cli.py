@@ -70,10 +70,10 @@ def test_a_mistake_is_said_with_its_rule_cause_and_next_step(miles: Miles, rule:
 def test_the_profile_itself_lacks_only_its_backends(miles: Miles) -> None:
     done = miles(*PLAN, "16xH100", "--json")
     findings = json.loads(done.stdout)["error"]["findings"]
-    assert {finding["rule"] for finding in findings} == {"CAP3", "ASM1"}
-    assert {finding["setting"] for finding in findings if finding["rule"] == "CAP3"} == {
+    assert {finding["rule"] for finding in findings} == {"CAP3", "CAP5", "CAP6", "ASM1"}
+    assert {finding["setting"] for finding in findings if finding["severity"] == "error"} == {
         "training.backend",
-        "rollout.backend",
+        "cluster.colocate",
     }
 
 

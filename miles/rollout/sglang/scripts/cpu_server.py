@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import types
-from typing import Any, ClassVar
+from typing import Any
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -24,8 +24,6 @@ import torch.distributed
 
 class _KernelStub(types.ModuleType):
     """A module whose every name exists and refuses to be called."""
-
-    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -44,6 +42,7 @@ def _stand_in_for_kernels() -> None:
         torch.library.define(f"torchvision::{operator}", signature)
     for name in ("sgl_kernel", "sgl_kernel.flash_attn", "sgl_kernel.mamba"):
         stub = _KernelStub(name)
+        stub.__path__ = []
         stub.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
         sys.modules[name] = stub
 

@@ -1,0 +1,394 @@
+"""Real SGLang servers (`make sglang-cpu`): what they answer, what they learn, and what survives a loss.
+
+Run by `make test-scale`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from e2e_support import Cli, summary_of
+
+from miles.arch import ArchSpec, load_spec
+from miles.config.sglang_table import TABLE
+from miles.data.batch import pack
+from miles.data.sample import Sample, SampleStatus
+from miles.data.turns import Reading, continued
+from miles.models import mlp
+from miles.orchestration.disk_weights import DiskWeights
+from miles.planning.facts.server import ENVIRONMENT
+from miles.record import RunReader
+from miles.rollout.engine import GenerateOutput, GenerateRequest, SamplingParams
+from miles.rollout.native.engine import EngineSettings, NativeEngine
+from miles.rollout.sglang.command import ServerOptions
+from miles.rollout.sglang.engine import SglangEngine, SglangSettings
+from miles.rollout.sglang.http import HttpClient
+from miles.rollout.sglang.probe import probe
+from miles.rollout.sglang.server import ServerProcess
+from miles.training.native.trainer import NativeTrainer
+from miles.training.settings import TrainerSettings
+from miles.weights.hf import read_hf
+
+pytestmark = pytest.mark.scale
+
+REPOSITORY = Path(__file__).parents[2]
+PYTHON = REPOSITORY / ENVIRONMENT / "bin" / "python"
+CONTEXT = 96
+T = TypeVar("T")
+
+
+def settle(scenario: Awaitable[T]) -> T:
+    async def bounded() -> T:
+        return await asyncio.wait_for(scenario, 300)
+
+    return asyncio.run(bounded())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shared_cache: Path) -> Path:
+    """The quickstart MoE after its warm start; its head is tied to its embedding."""
+    (found,) = (shared_cache / "checkpoints").iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def spec(checkpoint: Path) -> ArchSpec:
+    return load_spec(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    args = {
+        "model_path": str(checkpoint),
+        "dtype": "float32",
+        "context_length": CONTEXT + 2,
+        "max_total_tokens": 16384,
+        "max_running_requests": 64,
+        "skip_tokenizer_init": True,
+        "enable_return_routed_experts": True,
+        "enable_metrics": True,
+    }
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    started = ServerProcess(ServerOptions(python=PYTHON, args=args, log=log))
+    try:
+        settle(started.wait_ready(280))
+        yield started
+    finally:
+        started.kill()
+
+
+@pytest.fixture
+def engine(server: ServerProcess, spec: ArchSpec) -> SglangEngine:
+    return SglangEngine(HttpClient(server.url), spec, SglangSettings(max_context_len=CONTEXT))
+
+
+def requests(count: int, new: int = 24) -> list[GenerateRequest]:
+    sampling = SamplingParams(max_new_tokens=new)
+    rng = np.random.default_rng(0)
+    return [
+        GenerateRequest(
+            input_ids=rng.integers(3, 55, size=10 + i % 5).tolist(), sampling=sampling, sample_key=i, group=i
+        )
+        for i in range(count)
+    ]
+
+
+def moved(checkpoint: Path, seed: int) -> list[tuple[str, torch.Tensor]]:
+    """The checkpoint's weights with noise on them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (name, tensor + 0.02 * torch.randn(tensor.shape, generator=generator))
+        for name, tensor in read_hf(checkpoint)
+    ]
+
+
+def test_a_server_listens_on_loopback_only(server: ServerProcess) -> None:
+    main = psutil.Process(server.pid)
+    listening = [
+        connection.laddr.ip
+        for process in (main, *main.children(recursive=True))
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening and set(listening) <= {"127.0.0.1", "::1"}
+
+
+def test_the_argument_table_is_that_of_this_server() -> None:
+    made = json.loads((REPOSITORY / ENVIRONMENT / "sglang_args.json").read_text())
+    assert json.loads(TABLE.read_text()) == made
+
+
+def test_routes_and_log_probs_agree_with_the_native_engine(
+    engine: SglangEngine, spec: ArchSpec, checkpoint: Path
+) -> None:
+    async def scenario() -> tuple[list[np.ndarray], list[np.ndarray], list[float]]:
+        weights = moved(checkpoint, seed=1)
+        await engine.receive_weights(weights, version=1)
+        asked = requests(16)
+        outputs = await engine.generate(asked)
+        native = NativeEngine(spec, EngineSettings(max_context_len=CONTEXT, seed=0))
+        await native.receive_weights(weights, version=1)
+        one = SamplingParams(max_new_tokens=1)
+        again = await native.generate(
+            [
+                replace(
+                    request, input_ids=[*request.input_ids, *output.output_ids][:-1], sampling=one, group=None
+                )
+                for request, output in zip(asked, outputs, strict=True)
+            ]
+        )
+        gaps = [
+            float(np.abs(output.log_probs - _log_probs(native, request, output)).max())
+            for request, output in zip(asked, outputs, strict=True)
+        ]
+        return [o.routed_experts for o in outputs], [o.routed_experts for o in again], gaps  # type: ignore[misc]
+
+    served, native, gaps = settle(scenario())
+    assert max(gaps) < 1e-4
+    ours, theirs = np.concatenate(native), np.concatenate(served)
+    assert ours.shape == theirs.shape
+    agreeing = (np.sort(ours, -1) == np.sort(theirs, -1)).all((1, 2)).mean()
+    print(f"routes agree on {agreeing:.4%} of {len(ours)} tokens, log-probs to {max(gaps):.1e}")
+    assert agreeing >= 0.99
+    shifted = np.roll(theirs, 1, axis=0)
+    assert (np.sort(ours, -1) == np.sort(shifted, -1)).all((1, 2)).mean() < 0.5, "the comparison can fail"
+
+
+def _log_probs(native: NativeEngine, request: GenerateRequest, output: GenerateOutput) -> np.ndarray:
+    """Of the response, at temperature 1, by the native decoder."""
+    tokens = [*request.input_ids, *output.output_ids]
+    hidden = native.rescore(tokens, len(request.input_ids))["final norm"]
+    log_probs = torch.log_softmax(hidden @ native.decoder.embed.T, dim=-1)[:-1]
+    chosen = log_probs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    return chosen[len(request.input_ids) - 1 :].numpy()
+
+
+def test_every_way_to_hand_weights_over_gives_the_same_weights(
+    engine: SglangEngine, spec: ArchSpec, checkpoint: Path, tmp_path: Path
+) -> None:
+    async def scenario() -> None:
+        before = await engine.control.checksum()
+        await engine.receive_weights(moved(checkpoint, seed=2), version=5)
+        whole = await engine.control.checksum()
+        await engine.receive_weights(moved(checkpoint, seed=3), version=6)
+        other = await engine.control.checksum()
+        in_buckets = SglangEngine(engine.http, spec, replace(engine.settings, bucket_bytes=20_000))
+        await in_buckets.receive_weights(moved(checkpoint, seed=2), version=7)
+        assert await engine.control.checksum() == whole
+        await engine.receive_weights(moved(checkpoint, seed=3), version=8)
+        disk = DiskWeights(lambda: moved(checkpoint, seed=2), spec, checkpoint, tmp_path)
+        packet = await disk.weights(9)
+        await engine.receive_checkpoint(packet.directory, packet.version)
+        assert await engine.control.checksum() == whole
+        assert len({before, whole, other}) == 3
+        assert await engine.control.weight_version() == 9
+        await probe(engine, version=9)
+
+    settle(scenario())
+
+
+def test_weights_that_change_in_the_middle_of_a_response_are_named(
+    engine: SglangEngine, checkpoint: Path
+) -> None:
+    async def scenario() -> None:
+        await engine.receive_weights(moved(checkpoint, seed=4), version=1)
+        answer = asyncio.create_task(engine.generate(requests(8, new=80)))
+        while not (await engine.control.gauges()).get("num_running_reqs"):
+            await asyncio.sleep(0.01)
+        await engine.receive_weights(moved(checkpoint, seed=5), version=2)
+        for output in await answer:
+            versions = [version for version, _ in output.weight_versions]
+            assert versions == [1, 2] and len(output.output_ids) == 80
+            assert output.routed_experts is not None and (output.routed_experts >= 0).all()
+
+    settle(scenario())
+
+
+def test_an_abort_keeps_what_was_sampled(engine: SglangEngine, checkpoint: Path) -> None:
+    async def scenario() -> None:
+        await engine.receive_weights(moved(checkpoint, seed=4), version=1)
+        answer = asyncio.create_task(engine.generate(requests(8, new=80)))
+        await asyncio.sleep(0.5)
+        assert await engine.abort({0}) == 8
+        outputs = await answer
+        assert {output.finish_reason for output in outputs} == {"abort"}
+        assert all(len(output.output_ids) == len(output.log_probs) < 80 for output in outputs)
+
+    settle(scenario())
+
+
+def test_memory_is_given_back_and_taken_again(engine: SglangEngine, checkpoint: Path) -> None:
+    async def scenario() -> None:
+        await engine.receive_weights(moved(checkpoint, seed=4), version=1)
+        await engine.control.release_memory(["kv_cache"])
+        await engine.control.resume_memory(["kv_cache"])
+        assert len((await engine.generate(requests(1)))[0].output_ids) == 24
+
+    settle(scenario())
+
+
+def test_the_trainer_dispatches_to_the_experts_that_sglang_chose(
+    engine: SglangEngine, spec: ArchSpec, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatched: list[torch.Tensor] = []
+    run = mlp.routed_experts
+
+    def spy(x: torch.Tensor, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        dispatched.append(ids.clone())
+        return run(x, ids, *rest)
+
+    async def sample() -> list[Sample]:
+        await engine.receive_weights(moved(checkpoint, seed=1), version=1)
+        asked = requests(4)
+        outputs = await engine.generate(asked)
+        return [_sample(i, *pair) for i, pair in enumerate(zip(asked, outputs, strict=True))]
+
+    batch = pack(settle(sample()), None)
+    trainer = NativeTrainer(spec, TrainerSettings(replay_routes=True, probe_tokens=0), source_dir=checkpoint)
+    trainer.load_weights(read_hf(checkpoint))  # other weights than the server's: only replay gives its routes
+    monkeypatch.setattr(mlp, "routed_experts", spy)
+    metrics = trainer.train_step(batch).metrics
+    assert metrics["route/replayed_rows_frac"] == 1.0
+    routes = torch.stack(dispatched, 1).to(torch.int16).numpy()
+    np.testing.assert_array_equal(routes[: len(batch.routes)], batch.routes)  # type: ignore[arg-type]
+
+
+def _sample(index: int, request: GenerateRequest, output: GenerateOutput) -> Sample:
+    prompt = Sample(prompt="", tokens=list(request.input_ids), group_index=index // 2, index=index)
+    sample = continued(
+        prompt,
+        Reading(
+            token_ids=output.output_ids,
+            log_probs=output.log_probs,
+            routes=output.routed_experts,
+            weight_versions=output.weight_versions,
+        ),
+    )
+    sample.status, sample.reward = SampleStatus.TRUNCATED, float(index % 2)
+    return sample
+
+
+def test_a_server_ends_with_the_process_that_started_it(checkpoint: Path, tmp_path: Path) -> None:
+    """The leash: killed with no chance to clean up, a run leaves no server behind."""
+    code = (
+        "import pathlib, sys, time\n"
+        "from miles.rollout.sglang.command import ServerOptions\n"
+        "from miles.rollout.sglang.server import ServerProcess\n"
+        "options = ServerOptions(python=pathlib.Path(sys.argv[1]), args={'model_path': sys.argv[2]},\n"
+        "                        log=pathlib.Path(sys.argv[3]))\n"
+        "print(ServerProcess(options).pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    words = [sys.executable, "-c", code, str(PYTHON), str(checkpoint), str(tmp_path / "log")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        served = psutil.Process(int(owner.stdout.readline()))
+        owner.kill()
+        owner.wait()
+        assert served.wait(timeout=30) is None or not served.is_running()
+
+
+TRAIN = (
+    *("train", "--profile", "quickstart", "--rollout-backend", "sglang", "--server-python", str(PYTHON)),
+    *("--eval-prompt-data", "sort", "builtin:sort/test@[0:64]"),
+)
+
+
+def test_twenty_steps_of_grpo_on_sglang_samples_raise_the_reward(cli: Cli) -> None:
+    done = cli(*TRAIN, "--num-rollout", "20", "--check-weight-update-equal", timeout=900)
+    assert done.returncode == 0, done.stderr
+    run = cli.only_run()
+    summary = summary_of(run)
+    print({name: summary[name] for name in ("reward_first5", "reward_last5", "steps")})
+    assert summary["status"] == "finished" and summary["steps"] == 20
+    assert summary["reward_last5"] - summary["reward_first5"] >= 0.15
+    reader = RunReader(run)
+    assert set(reader.series("route/replayed_rows_frac").values) == {1.0}
+    assert max(reader.series("train/train_rollout_logprob_abs_diff").values) < 1e-5
+    compared = [event for event in reader.events() if event["kind"] == "weights_compared"]
+    assert [event["version"] for event in compared] == list(range(21))
+    assert len({event["checksums"]["engine-0"] for event in compared}) == 21, "new weights at every step"
+    assert reader.alerts() == []
+
+
+def test_a_server_killed_in_the_middle_of_a_rollout_is_replaced(cli: Cli) -> None:
+    size = (
+        "--num-rollout",
+        "4",
+        "--rollout-batch-size",
+        "16",
+        "--num-engines",
+        "2",
+        "--sample-records-per-step",
+        "128",
+    )
+    process = cli.start(*TRAIN, *size, "--check-weight-update-equal", "--skip-eval-before-train")
+    cli.wait_until(lambda: _sampling(cli, step=2), process, timeout=400)
+    time.sleep(0.3)  # into the middle of it: answers of the step are under way
+    run = cli.only_run()
+    victim = next(
+        e["pid"] for e in RunReader(run).events() if e["kind"] == "worker_start" and e["worker"] == "engine-0"
+    )
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    reader = RunReader(run)
+    events = reader.events()
+    kinds = Counter(event["kind"] for event in events)
+    assert kinds["worker_dead"] == 1 and kinds["restart"] == 1
+    assert not psutil.pid_exists(victim)
+    for step in range(1, 5):
+        samples = reader.samples(step)
+        indices = [sample["index"] for sample in samples]
+        assert len(indices) == len(set(indices)) == 16 * 8, "none lost, none twice"
+        assert {version for s in samples for version, _ in s["weight_versions"]} == {step - 1}
+    compared = [event for event in events if event["kind"] == "weights_compared"]
+    assert [event["version"] for event in compared] == [0, 1, 2, 3, 4]
+    assert all(len(set(event["checksums"].values())) == 1 for event in compared)
+
+
+def _sampling(cli: Cli, step: int) -> bool:
+    """Whether the run is in the rollout of a step."""
+    if not cli.runs.is_dir() or not any(cli.runs.iterdir()):
+        return False
+    phases = RunReader(cli.only_run()).phases()
+    return any(phase.name == "rollout" and phase.step == step and phase.seconds is None for phase in phases)
+
+
+def test_a_run_attaches_to_a_server_that_already_runs(cli: Cli, server: ServerProcess) -> None:
+    small = (
+        "--num-rollout",
+        "2",
+        "--rollout-batch-size",
+        "4",
+        "--skip-eval-before-train",
+        "--update-weight-transfer-mode",
+        "disk",
+    )
+    done = cli(
+        *TRAIN,
+        *small,
+        "--rollout-max-context-len",
+        str(CONTEXT),
+        "--rollout-external-engine-addrs",
+        server.url,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert server.ended is None, "a server that others started goes on"
+    assert summary_of(cli.only_run())["steps"] == 2
