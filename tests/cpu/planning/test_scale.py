@@ -40,8 +40,13 @@ def rules(flags: str = "", hardware: str = "16xH100") -> set[str]:
     return {finding.rule for finding in preflight(run.resolved, run.facts)}
 
 
+REFUSED = {"CAP3", "CAP5", "CAP6"}
+"""The Megatron trainer and trainers that take turns with SGLang on one GPU are not there yet; SGLang on a GPU was
+never run."""
+
+
 def test_the_cluster_profile_is_refused_only_for_what_this_build_lacks() -> None:
-    assert rules() == {"CAP3", "CAP5", "CAP6", "ASM1"}
+    assert rules() == REFUSED | {"ASM1"}
 
 
 def test_the_model_comes_from_its_name_where_no_checkpoint_is_here() -> None:
@@ -151,8 +156,7 @@ def test_checkpoints_own_config_wins_over_the_name(resolved: Make, facts: Facts)
 def test_the_published_cluster_layout_passes() -> None:
     """TP 4, EP 8 on two nodes: the layout that miles publishes for this model and precision."""
     flags = "--tensor-model-parallel-size 4 --sequence-parallel --pipeline-model-parallel-size 1 "
-<<<<<<< HEAD
-    assert rules(flags + "--expert-model-parallel-size 8") == {"CAP3", "ASM1"}
+    assert rules(flags + "--expert-model-parallel-size 8") == REFUSED | {"ASM1"}
 
 
 OWN_HARDWARE = {
@@ -168,7 +172,4 @@ def test_a_shipped_cluster_profile_fits_its_own_hardware(profile: str, hardware:
     resolved = resolve(profile)
     facts = collect_facts(resolved.config, assume=parse_hardware(hardware))
     found = {finding.rule for finding in preflight(resolved, facts)}
-    assert found <= {"CAP3", "ASM1"}
-=======
-    assert rules(flags + "--expert-model-parallel-size 8") == {"CAP3", "CAP5", "CAP6", "ASM1"}
->>>>>>> 5b6d5c2 (SGLang under Ray, checksums compared after each update, docs, scale tests)
+    assert found <= REFUSED | {"ASM1"}
