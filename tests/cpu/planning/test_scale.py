@@ -41,7 +41,7 @@ def rules(flags: str = "", hardware: str = "16xH100") -> set[str]:
 
 
 REFUSED = {"CAP3", "CAP5", "CAP6"}
-"""The Megatron trainer and trainers that take turns with SGLang on one GPU are not there yet; SGLang on a GPU was
+"""There is no Megatron trainer yet, none that takes turns with SGLang on a GPU, and SGLang on a GPU was
 never run."""
 
 
