@@ -38,6 +38,13 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{count(plan.optimizer_steps, 'step')} of {batch.global_batch_size} samples · "
         f"{_micro_batches(plan)} · routing replay {'on' if plan.routing_replay else 'off'}",
     )
+    if plan.numerics == "exact":
+        yield line(
+            "numerics", "exact, trainer and engine bit for bit alike; found at start-up, cheapest first:"
+        )
+        yield line(
+            "", "blocks of rows, batched or single experts, query rows (miles watch --once shows them)"
+        )
     for item in plan.data:
         rows = f"{item.rows:,} rows" if item.rows is not None else "rows not counted"
         longest = f", longest prompt {item.longest_prompt} tokens" if item.longest_prompt is not None else ""

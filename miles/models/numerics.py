@@ -26,6 +26,7 @@ from miles.models import experts, rotary
 from miles.models import swiglu as activation
 from miles.models.attention import Attention, CachedAttention, ChunkAttention, PackedAttention
 from miles.models.exact_attention import (
+    KEY_BLOCK,
     ExactCachedAttention,
     ExactChunkAttention,
     ExactPackedAttention,
@@ -43,6 +44,10 @@ class Numerics(Protocol):
     """The operations that differ between the modes. T tokens, D hidden, E experts."""
 
     name: str
+
+    def chosen(self) -> dict[str, str]:
+        """What was found on this machine, in words; nothing where nothing had to be found."""
+        ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [T, K] @ weight [N, K]ᵀ + bias [N] -> [T, N]."""
@@ -105,6 +110,9 @@ class FastNumerics:
     """The quickest kernels; the last bits of a result depend on what else is computed with it."""
 
     name = "fast"
+
+    def chosen(self) -> dict[str, str]:
+        return {}
 
     def expert_kernels(self, gate_up: Tensor, down: Tensor) -> experts.ExpertKernels:
         return experts.FAST
@@ -172,6 +180,18 @@ class ExactNumerics:
     min_queries: int
     threads: int
     name = "exact"
+
+    def chosen(self) -> dict[str, str]:
+        """Of `rows`, `experts` and `attention`. An operation that the probe has not met is not told."""
+        experts = [blocks for (shapes, _), blocks in self.blocks.items() if len(shapes) > 1]
+        told = {"rows": " or ".join(dict.fromkeys(map(str, self.blocks.values())))}
+        if experts:
+            most = min(max(blocks.batched, default=0) for blocks in experts)
+            batched = f"equal groups of up to {most} rows in one batched product, else " if most else ""
+            told["experts"] = f"{batched}a product per expert"
+        rows, plural = self.min_queries, "s" if self.min_queries > 1 else ""
+        told["attention"] = f"fp32, at least {rows} query row{plural}, keys in blocks of {KEY_BLOCK}"
+        return told
 
     def expert_kernels(self, gate_up: Tensor, down: Tensor) -> experts.ExpertKernels:
         return experts.ExpertKernels(self._blocks(gate_up, down), self._activation, fused_sum=False)

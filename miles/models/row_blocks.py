@@ -36,6 +36,10 @@ class RowBlocks:
     dtype: torch.dtype
     batched: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.dtype, str(self.dtype))
+        return f"blocks of {self.sizes[0]} to {self.sizes[-1]} in {dtype}"
+
     @cached_property
     def alone(self) -> frozenset[int]:
         """Numbers of rows that one product computes without filling up."""

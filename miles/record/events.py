@@ -21,6 +21,7 @@ RESTART = "restart"
 NON_FINITE = "non_finite"
 ROUTES_MISSING = "routes_missing"
 BAD_ROW = "bad_row"
+NUMERICS = "numerics"
 CHECKPOINT = "checkpoint"
 CONTROL = "control"
 RECORD_GAP = "record_gap"
@@ -42,10 +43,12 @@ REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
     NON_FINITE: ("step", "tensor", "what", "count"),
     ROUTES_MISSING: ("step", "what", "count"),
     BAD_ROW: ("file", "line", "reason"),
+    NUMERICS: ("step", "numerics"),
     CHECKPOINT: ("step", "path"),
     CONTROL: ("request", "action", "state"),
     RECORD_GAP: ("lost", "error"),
     RECORD_REPAIRED: ("dropped_bytes",),
 }
 """`non_finite`: `what` is loss, gradient, logits, log_probs or weight; `tensor` is its published name.
-`routes_missing`: `what` says which samples came without routed experts or with a wrong shape."""
+`routes_missing`: `what` says which samples came without routed experts or with a wrong shape.
+`numerics`: what exact numerics were found on the machine, in words, by operation."""

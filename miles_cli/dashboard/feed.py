@@ -100,6 +100,7 @@ class RunFeed:
             alerts=shown.alerts(),
             log=tuple(shown.log),
             controls=tuple(history.of_kind(kinds.CONTROL)[-RECENT_CONTROLS:]),
+            numerics=next(reversed(history.of_kind(kinds.NUMERICS)), None),
             workers=self._workers(shown.reader),
             resumes=dict(history.resumes),
             config=self._about.config,

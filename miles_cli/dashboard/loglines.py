@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from miles.record import events as kinds
@@ -18,6 +19,7 @@ _LEVELS = {
     kinds.RECORD_GAP: "warning",
     kinds.RECORD_REPAIRED: "warning",
 }
+NUMERICS_FIELDS = ("numerics", "rows", "experts", "attention")
 _SLOW = 2.0
 """A phase this many times slower than its median is told."""
 
@@ -58,6 +60,12 @@ def _start(record: dict[str, Any]) -> str:
     return f"attempt {record['attempt']} started by {record.get('by', 'cli')}{changes}{parent}"
 
 
+def numerics_text(record: Mapping[str, Any]) -> str:
+    """Which numerics were found on the machine."""
+    found = [f"{key}: {record[key]}" for key in NUMERICS_FIELDS[1:] if key in record]
+    return f"{record['numerics']} numerics: {'; '.join(found)}"
+
+
 def _text(kind: str, record: dict[str, Any]) -> str:
     if kind == kinds.ALERT:
         return f"{record['rule']} {record['state']}: {record['title']}"
@@ -65,6 +73,8 @@ def _text(kind: str, record: dict[str, Any]) -> str:
         return f"{record['type']} in {record['worker']}: {record['message']}"
     if kind == kinds.WORKER_DEAD:
         return f"worker {record['worker']} died: {record['reason']}"
+    if kind == kinds.NUMERICS:
+        return numerics_text(record)
     if kind == kinds.CHECKPOINT:
         return f"checkpoint {record['path']}"
     if kind == kinds.RESUME:

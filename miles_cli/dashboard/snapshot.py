@@ -87,6 +87,8 @@ class RunSnapshot:
     log: tuple[LogLine, ...] = ()
     controls: tuple[Mapping[str, Any], ...] = ()
     """The latest requests that the run has answered, as recorded."""
+    numerics: Mapping[str, Any] | None = None
+    """Which exact numerics were found, as recorded."""
     workers: tuple[Worker, ...] = ()
     resumes: Mapping[int, int] = field(default_factory=dict)
     config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

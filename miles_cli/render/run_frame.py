@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from miles.record.metrics import find_metric
 from miles_cli.dashboard.canvas import Line
 from miles_cli.dashboard.chart import Chart, Curve, draw_chart
 from miles_cli.dashboard.feed import RunFeed
+from miles_cli.dashboard.loglines import NUMERICS_FIELDS, numerics_text
 from miles_cli.dashboard.numbers import number
 from miles_cli.dashboard.scene import Scene
 from miles_cli.dashboard.snapshot import RunSnapshot
@@ -60,6 +62,8 @@ def frame_lines(run: RunSnapshot, width: int, symbols: Symbols, now: float | Non
         lines += ["", *_chart(run, scene, width, symbols)]
     if run.tracks:
         lines += ["", *_table(run, width, symbols)]
+    if run.numerics is not None:
+        lines += ["", *(f" {line}" for line in wrap(numerics_text(run.numerics), width - 1))]
     return [line.rstrip() for line in [*lines, "", *_alerts(run, symbols)]]
 
 
@@ -76,6 +80,7 @@ def snapshot_dict(run: RunSnapshot) -> dict[str, Any]:
         "eta_seconds": run.eta,
         "last_event": run.last_time or None,
         "open_phases": [{"name": p.name, "step": p.step, "since": p.start} for p in run.open_phases],
+        "numerics": run.numerics and {k: v for k, v in run.numerics.items() if k in NUMERICS_FIELDS},
         "metrics": {name: track.last for name, track in sorted(run.tracks.items())},
         "unhealthy": [name for name, track in sorted(run.tracks.items()) if _is_sick(name, track.last)],
         "alerts": [

@@ -30,6 +30,8 @@ def test_every_step_of_a_run_is_exactly_on_policy(dtype: str, steps: int, cli: C
         assert list(reader.series(name).values) == [0.0] * steps, name
     assert any(value > 0 for value in reader.series("train/grad_norm").values)
     assert not [alert for alert in reader.alerts() if alert["rule"] == "MM9"]
+    (told,) = reader.history.of_kind("numerics")
+    assert told["numerics"] == "exact" and {"rows", "experts", "attention"} <= told.keys()
 
 
 def test_an_engine_with_other_weights_is_an_alarm(cli: Cli) -> None:

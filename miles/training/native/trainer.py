@@ -82,7 +82,7 @@ class NativeTrainer:
         self.device = torch.device(device) if parallel is None else parallel.device
         self.ranks: Ranks = parallel or OneRank()
         self.layout = _layout(self.device, parallel)
-        self._numerics = numerics
+        self._numerics, self._told_numerics = numerics, False
         self.decoder = self._make_decoder()
         self.decoder.recompute_num_layers = settings.recompute_num_layers
         self.decoder.recompute(settings.recompute_modules)
@@ -220,7 +220,16 @@ class NativeTrainer:
         if self._rounding is not None:
             metrics |= self._rounding.metrics(self.ranks)
         broken = None if self.gap_watch is None else self.gap_watch.take_event()
-        return _summarize(metrics, updates, stop, () if broken is None else (broken,))
+        events = (self._numerics_event(), broken)
+        return _summarize(metrics, updates, stop, tuple(event for event in events if event is not None))
+
+    def _numerics_event(self) -> dict[str, Any] | None:
+        """Which numerics were found on this machine: told once, with the first step."""
+        chosen = self._numerics.chosen()
+        if self._told_numerics or not chosen:
+            return None
+        self._told_numerics = True
+        return {"kind": "numerics", "numerics": self._numerics.name, **chosen}
 
     def set(self, knob: str, value: float) -> None:
         """Change a live knob (see `training.knobs`) from the next step on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from alignment_support import QUICKSTART
@@ -12,6 +14,20 @@ from miles.models import numerics, row_blocks, row_search
 from miles.models.invariance import find_exact_numerics
 from miles.models.row_blocks import RowBlocks, blocked_product
 from miles.models.row_search import cancelling, find_row_blocks
+
+
+def test_what_was_found_is_told_in_words(exact) -> None:
+    """Of the operations of the model; a dense one has no experts."""
+    found = exact(QUICKSTART, torch.float32)
+    told = found.chosen()
+    assert "in fp32" in told["rows"] and f"at least {found.min_queries} query row" in told["attention"]
+    assert told["experts"].endswith("a product per expert")
+    batched = RowBlocks((4, 8), torch.bfloat16, batched=(4, 8))
+    some = replace(found, blocks={(((2, 4), (4, 2)), torch.bfloat16): batched}).chosen()
+    assert some["rows"] == "blocks of 4 to 8 in bf16"
+    assert some["experts"] == "equal groups of up to 8 rows in one batched product, else a product per expert"
+    dense = replace(found, blocks={(((2, 4),), torch.bfloat16): batched}).chosen()
+    assert "experts" not in dense and numerics.FAST.chosen() == {}
 
 
 def test_every_count_of_rows_gives_the_same_bits(exact) -> None:

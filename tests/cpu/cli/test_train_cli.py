@@ -45,6 +45,12 @@ def test_dry_run_prints_the_plan_and_starts_nothing(miles: Miles, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_plan_of_an_exact_run_says_what_start_up_will_find(miles: Miles) -> None:
+    plan = ("train", "--profile", "quickstart", "--dry-run")
+    assert "trainer and engine bit for bit alike" in miles(*plan, "--true-on-policy-mode").stdout
+    assert "bit for bit" not in miles(*plan).stdout
+
+
 def test_dry_run_json_holds_plan_and_config(miles: Miles) -> None:
     done = miles("train", "--profile", "quickstart", "--dry-run", "--json", "--lr", "2e-4")
     answer = json.loads(done.stdout)

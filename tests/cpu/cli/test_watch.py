@@ -83,6 +83,18 @@ def test_a_frame_keeps_to_its_width_and_its_symbols(runs_dir: Path, width: int, 
         assert body.isascii()
 
 
+def test_a_frame_shows_which_exact_numerics_were_found(runs_dir: Path) -> None:
+    run = write_run(runs_dir / "quick")
+    found = {"rows": "blocks of 4 to 1024 in fp32", "attention": "fp32, at least 4 query rows"}
+    assert "numerics" not in invoke("watch", "quick", "--once").stdout
+    with RecordWriter(run) as writer:
+        writer.event("numerics", step=1, numerics="exact", **found)
+    frame = " ".join(invoke("watch", "quick", "--once").stdout.split())
+    assert "exact numerics: rows: blocks of 4 to 1024 in fp32; attention: fp32, at least 4" in frame
+    told = json.loads(invoke("watch", "quick", "--once", "--json").stdout)["numerics"]
+    assert told == {"numerics": "exact", **found}
+
+
 def test_json_is_one_object_with_the_last_values(runs_dir: Path) -> None:
     run = write_run(runs_dir / "quick", status=None)
     with RecordWriter(run) as writer:
