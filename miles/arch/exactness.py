@@ -11,4 +11,6 @@ def exact_obstacle(spec: ArchSpec) -> str:
         return "attention in windows, or with capped scores"
     if any(isinstance(layer.mlp, DenseMlpSpec) and layer.mlp.activation != "silu" for layer in spec.layers):
         return "a GELU"
+    if spec.moe is not None and spec.moe.scales_inputs:
+        return "experts that are scaled at their input"
     return "capped logits" if spec.logit_softcap is not None else ""

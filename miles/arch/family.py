@@ -46,6 +46,8 @@ class MoeNames:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    dense_block: str = "mlp"
+    """The block of a layer without experts."""
     shared: str = "shared_experts"
     """The shared experts, whose projections are called as in a dense layer."""
 

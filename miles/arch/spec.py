@@ -123,10 +123,21 @@ class IndexerSpec:
 
 
 @dataclass(frozen=True)
+class QueryTemperature:
+    """Sharper attention far behind: the query at position p is multiplied by
+    1 + scale · log(1 + floor((p + 1) / floor)) (https://arxiv.org/abs/2501.19399).
+    """
+
+    scale: float
+    floor: float
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """Grouped-query attention. `qk_norm`: RMSNorm over queries and keys before the rotation.
 
-    A token sees itself and all before it; `window`: itself and the `window` - 1 tokens before it.
+    A token sees itself and all before it; `window`: itself and the `window` - 1 tokens before it; `chunk`:
+    those before it in its own chunk of so many positions.
     `softcap`: scores s become softcap · tanh(s / softcap) (https://arxiv.org/abs/2408.00118).
 
     With `latent`, this is the attention over latents: one key head, the latent followed by the rotated key,
@@ -145,7 +156,14 @@ class AttentionSpec:
     scale: float | None = None
     """Factor of the scores; None: head_dim ** -0.5."""
     window: int | None = None
+    chunk: int | None = None
     softcap: float | None = None
+    rotates: bool = True
+    """False: no position embedding (NoPE); `rope` is not used."""
+    qk_unit: bool = False
+    """Queries and keys are divided by their root mean square, behind the rotation."""
+    temperature: QueryTemperature | None = None
+    """Of a layer that does not rotate."""
     latent: LatentSpec | None = None
     indexer: IndexerSpec | None = None
     """Keys of the indexer stand behind the others in a row of the cache."""
@@ -186,7 +204,8 @@ class AttentionSpec:
     @property
     def is_plain(self) -> bool:
         """Whether every token sees all before it, by scores as they are."""
-        return self.window is None and self.softcap is None and self.indexer is None
+        extent = (self.window, self.chunk, self.indexer)
+        return extent == (None, None, None) and self.softcap is None
 
     @property
     def query_factor(self) -> float:
@@ -263,6 +282,10 @@ class MoeSpec:
     correction_bias: bool = False
     """A bias per expert that takes part in the choice, not in the weights, and gets no gradient
     (https://arxiv.org/abs/2408.15664)."""
+    scales_inputs: bool = False
+    """The weights of the experts multiply what goes into them, not what comes out."""
+    stacked: bool = False
+    """Published as one tensor of all experts, [experts, inputs, outputs]."""
     num_groups: int = 1
     """Consecutive experts form so many groups; a token chooses among the `top_groups` whose two best experts
     score highest together (https://arxiv.org/abs/2412.19437, section 2.1.2)."""

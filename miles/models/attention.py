@@ -165,7 +165,7 @@ class CachedAttention:
         slots = torch.arange(self.num_sequences, device=lengths.device)
         self._rows = cache.rows(slots, lengths)
         self._positions = lengths
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[tuple[int | None, int | None], Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         cache, n = self._cache, self.num_sequences
@@ -179,12 +179,13 @@ class CachedAttention:
 
     def _mask(self, spec: AttentionSpec) -> Tensor:
         """[n, 1, num_keys]: 0 where a new token sees a key, -inf elsewhere."""
-        if spec.window not in self._masks:
+        extent = spec.window, spec.chunk
+        if extent not in self._masks:
             keys = torch.arange(self.num_keys, device=self._positions.device)
             visible = seen(spec, self._positions.unsqueeze(1), keys)
             mask = torch.zeros(visible.shape, dtype=self._cache.keys.dtype, device=visible.device)
-            self._masks[spec.window] = mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
-        return self._masks[spec.window]
+            self._masks[extent] = mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+        return self._masks[extent]
 
     def attend_sparse(
         self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, MoeSpec, RopeSpec
+from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, MoeSpec, QueryTemperature, RopeSpec
 from miles.models.attention import Attention
 from miles.models.latent_attention import LatentAttentionBlock
 from miles.models.mlp import DenseMlp, MoeMlp
@@ -50,14 +50,20 @@ class AttentionBlock(Projections):
         self.o_bias = nn.Parameter(torch.empty(hidden_size, dtype=dtype)) if spec.output_bias else None
 
     def forward(self, x: Tensor, rotation: Tensor, attention: Attention, layer: int) -> Tensor:
-        """x [T, D], rotation as `numerics.rotations` gives it -> [T, D]."""
+        """x [T, D] -> [T, D]. `rotation`: as `numerics.rotations` gives it; where the layer does not rotate,
+        what queries are multiplied with, fp32 [T]."""
         spec, numerics = self.spec, self.numerics
         heads = self.project("qkv", x, self.qkv_bias).view(x.shape[0], -1, spec.head_dim)
         qk, v = heads.split_with_sizes((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             qk = self._normed(qk, self.q_norm, self.k_norm)
-        qk = numerics.rotate(qk, rotation)
+        if spec.rotates:
+            qk = numerics.rotate(_pairs_apart(qk) if spec.rope.interleaved else qk, rotation)
+        if spec.qk_unit:
+            qk = rms_norm(qk, qk.new_ones(spec.head_dim), self.eps)
         q, k = qk.split_with_sizes((spec.num_heads, spec.num_kv_heads), 1)
+        if not spec.rotates:
+            q = (q * rotation[:, None, None]).to(q.dtype)
         if spec.query_factor != 1.0:
             q = q * spec.query_factor
         run = again if "core_attn" in self.recompute_modules else once
@@ -75,6 +81,11 @@ class AttentionBlock(Projections):
             rms_norm(k, k_norm, self.eps, self.norm_plus_one),
         )
         return torch.cat(both, 1).view(qk.shape)
+
+
+def _pairs_apart(heads: Tensor) -> Tensor:
+    """Elements 2 i and 2 i + 1 of [T, H, d] go to i and i + d / 2, where rotations expect a pair."""
+    return heads.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 class DecoderLayer(nn.Module):
@@ -183,7 +194,7 @@ class Decoder(nn.Module):
         hidden = self._embedded(tokens)
         rotations = self._rotations(positions)
         for index, layer in enumerate(self.layers):
-            rotation = rotations[self.spec.layers[index].attention.rope]
+            rotation = rotations[_positional(self.spec.layers[index].attention)]
             if taps is not None:
                 taps.see(index, hidden)
             run = again if index < self.recompute_num_layers else once
@@ -213,8 +224,29 @@ class Decoder(nn.Module):
         # The factor has the embedding's precision, as where the weights were trained.
         return hidden if scale == 1.0 else hidden * torch.tensor(scale, dtype=hidden.dtype)
 
-    def _rotations(self, positions: Tensor) -> dict[RopeSpec, Tensor]:
-        """What `numerics.rotate` takes, for each of the layers' rotations."""
-        kinds = {layer.attention.rope: layer.attention for layer in self.spec.layers}
-        most = self.spec.max_position_embeddings
-        return {rope: self.numerics.rotations(spec, most, positions) for rope, spec in kinds.items()}
+    def _rotations(self, positions: Tensor) -> dict[Positional, Tensor]:
+        """What the layers' attention takes as `rotation`, for each kind of them."""
+        kinds = {_positional(layer.attention): layer.attention for layer in self.spec.layers}
+        most, numerics = self.spec.max_position_embeddings, self.numerics
+        return {
+            kind: numerics.rotations(spec, most, positions)
+            if spec.rotates
+            else _query_factors(spec.temperature, positions)
+            for kind, spec in kinds.items()
+        }
+
+
+Positional = RopeSpec | QueryTemperature | None
+"""What of a layer depends on positions."""
+
+
+def _positional(spec: AttentionSpec) -> Positional:
+    return spec.rope if spec.rotates else spec.temperature
+
+
+def _query_factors(temperature: QueryTemperature | None, positions: Tensor) -> Tensor:
+    """fp32 [T], see `QueryTemperature`."""
+    if temperature is None:
+        return torch.ones(positions.shape, device=positions.device)
+    steps = torch.floor((positions.float() + 1) / temperature.floor)
+    return torch.log1p(steps) * temperature.scale + 1

@@ -60,6 +60,17 @@ def routed_experts(
     return _forward(x, weights, gate_up, down, rows, kernels)[0]
 
 
+def scaled_inputs(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, kernels: ExpertKernels = FAST
+) -> Tensor:
+    """Σ_slot expert_ids[t, slot](weights[t, slot] · x[t]); arguments as in `routed_experts`. A token is a row
+    of its own for each of its experts.
+    """
+    rows = (x.unsqueeze(1) * weights.unsqueeze(2)).flatten(0, 1)
+    out = routed_experts(rows, ids.reshape(-1, 1), torch.ones_like(rows[:, :1]), gate_up, down, kernels)
+    return out.view(len(x), -1, x.shape[1]).sum(1)
+
+
 def _group_by_expert(ids: Tensor, gate_up: Tensor, blocks: RowBlocks | None) -> ExpertRows:
     num_experts = gate_up.shape[0]
     if blocks is None:

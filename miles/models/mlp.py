@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from miles.arch.spec import DenseMlpSpec, MoeSpec
-from miles.models.experts import routed_experts
+from miles.models.experts import routed_experts, scaled_inputs
 from miles.models.geglu import geglu
 from miles.models.projections import Projections
 from miles.models.routing import Router
@@ -31,7 +31,8 @@ class DenseMlp(Projections):
 
 class MoeMlp(Projections):
     """router [E, D], correction_bias fp32 [E] where the model has one; stacked experts gate_up [E, 2I, D] and
-    down [E, D, I]; shared, a SwiGLU beside them, where the model has one.
+    down [E, D, I], each transposed where they are published so; shared, a SwiGLU beside them, where the model
+    has one.
     """
 
     def __init__(self, spec: MoeSpec, hidden_size: int, moe_layer: int, dtype: torch.dtype) -> None:
@@ -44,8 +45,11 @@ class MoeMlp(Projections):
             if spec.correction_bias
             else None
         )
-        self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden_size, dtype=dtype))
-        self.down = nn.Parameter(torch.empty(experts, hidden_size, width, dtype=dtype))
+        gate_up, down = (2 * width, hidden_size), (hidden_size, width)
+        if spec.stacked:
+            gate_up, down = gate_up[::-1], down[::-1]
+        self.gate_up = nn.Parameter(torch.empty(experts, *gate_up, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(experts, *down, dtype=dtype))
         self.shared = (
             DenseMlp(DenseMlpSpec(spec.shared_size), hidden_size, dtype) if spec.shared_size else None
         )
@@ -55,9 +59,12 @@ class MoeMlp(Projections):
         scores = self.numerics.router_scores(x, self.router, self.spec.scoring)
         ids, weights = router.select(self.moe_layer, scores, self.spec, self.correction_bias)
         gate_up, down = self.matrix("gate_up"), self.matrix("down")
+        if self.spec.stacked:
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
         kernels = self.numerics.expert_kernels(gate_up, down)
         if "down" in self.operands:
             kernels = replace(kernels, rounded=self.operands["down"].activations)
         rows = self.rounded("gate_up", x)
-        out = routed_experts(rows, ids, weights.to(x.dtype), gate_up, down, kernels)
+        run = scaled_inputs if self.spec.scales_inputs else routed_experts
+        out = run(rows, ids, weights.to(x.dtype), gate_up, down, kernels)
         return out if self.shared is None else out + self.shared(x, router)

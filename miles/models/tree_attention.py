@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles.arch.spec import AttentionSpec
+from miles.models import visible
 from miles.models.attention import KEY_BLOCK
 from miles.models.exact_attention import QUERY_STEP, padded_keys, probabilities, weighted_values
 from miles.models.kv_cache import KVCache
@@ -64,18 +65,18 @@ class TreeNodes:
         """Columns that some node may see."""
         return int(self.prefix.max()) + self.ancestors.shape[1]
 
-    def mask(self, num_keys: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
-        """[n, W, num_keys]: 0 where a node sees a column, -inf elsewhere. `window`: see `AttentionSpec`."""
+    def mask(self, num_keys: int, dtype: torch.dtype, spec: AttentionSpec | None = None) -> Tensor:
+        """[n, W, num_keys]: 0 where a node sees a column, -inf elsewhere. `spec`: how far a node sees."""
         n, width, _ = self.ancestors.shape
         steps = torch.arange(num_keys, device=self.prefix.device)
         seen = (steps < self.prefix.unsqueeze(1)).unsqueeze(1).repeat(1, width, 1)
         own = (self.prefix.unsqueeze(1) + steps[:width]).unsqueeze(1).expand(n, width, width)
         seen.scatter_(2, own, self.ancestors)
-        if window is not None:
+        if spec is not None and not spec.is_plain:
             # A node's depth is the number of its ancestors.
             positions = self.prefix.unsqueeze(1) + self.ancestors.sum(-1) - 1
             of_columns = steps.repeat(n, 1).scatter(1, own[:, 0], positions)
-            seen &= positions.unsqueeze(2) - of_columns.unsqueeze(1) < window
+            seen &= visible.seen(spec, positions.unsqueeze(2), of_columns.unsqueeze(1))
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
@@ -87,7 +88,7 @@ class TreeAttention:
         self._cache, self._nodes = cache, nodes
         self.num_keys = min(-(-nodes.num_columns // KEY_BLOCK) * KEY_BLOCK, cache.max_len)
         self._rows = cache.rows(nodes.slots, nodes.columns)
-        self._masks: dict[int | None, Tensor] = {}
+        self._masks: dict[tuple[int | None, int | None], Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         self._cache.write(layer, self._rows, k, v)
@@ -95,9 +96,10 @@ class TreeAttention:
         scores = softcapped(torch.bmm(queries, keys.transpose(1, 2)), spec.softcap)
         n, width, _ = self._nodes.ancestors.shape
         by_node = scores.view(n, spec.num_heads, width, self.num_keys)
-        if spec.window not in self._masks:
-            self._masks[spec.window] = self._nodes.mask(self.num_keys, q.dtype, spec.window).unsqueeze(1)
-        by_node.add_(self._masks[spec.window])
+        extent = spec.window, spec.chunk
+        if extent not in self._masks:
+            self._masks[extent] = self._nodes.mask(self.num_keys, q.dtype, spec).unsqueeze(1)
+        by_node.add_(self._masks[extent])
         return self._flatten(torch.bmm(torch.softmax(scores, -1), values), spec)
 
     def attend_sparse(

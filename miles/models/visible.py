@@ -19,13 +19,18 @@ QUERY_BLOCK = 256
 
 def seen(spec: AttentionSpec, queries: Tensor, keys: Tensor) -> Tensor:
     """bool: whether a query at one position sees a key at another. int64 positions, broadcast together."""
-    causal = keys <= queries
-    return causal if spec.window is None else causal & (queries - keys < spec.window)
+    visible = keys <= queries
+    if spec.window is not None:
+        visible = visible & (queries - keys < spec.window)
+    if spec.chunk is not None:
+        visible = visible & (queries // spec.chunk == keys // spec.chunk)
+    return visible
 
 
 def first_seen(spec: AttentionSpec, position: int) -> int:
     """The first position that a query at `position` sees."""
-    return 0 if spec.window is None else max(0, position - spec.window + 1)
+    in_window = 0 if spec.window is None else max(0, position - spec.window + 1)
+    return in_window if spec.chunk is None else max(in_window, position // spec.chunk * spec.chunk)
 
 
 def attend_visible(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionSpec) -> Tensor:

@@ -230,7 +230,7 @@ def _layer(
     yield from _attention(layer.attention, native, f"{ours}.attention", f"{theirs}.self_attn")
     yield from _norms_around_mlp(layer, native, ours, theirs)
     if isinstance(layer.mlp, DenseMlpSpec):
-        yield from _dense_mlp(native, f"{ours}.mlp", f"{theirs}.mlp")
+        yield from _dense_mlp(native, f"{ours}.mlp", f"{theirs}.{names.dense_block}")
     else:
         yield from _moe_mlp(layer.mlp, native, f"{ours}.mlp", f"{theirs}.{names.block}", names)
 
@@ -311,11 +311,19 @@ def _moe_mlp(
     yield _whole(native, f"{ours}.router", f"{theirs}.{names.router}")
     if moe.correction_bias:
         yield _whole(native, f"{ours}.correction_bias", f"{theirs}.{names.correction_bias}")
+    if moe.stacked:
+        yield _whole(native, f"{ours}.gate_up", f"{theirs}.experts.gate_up_proj")
+        yield _whole(native, f"{ours}.down", f"{theirs}.experts.down_proj")
+    else:
+        yield from _experts(native, ours, theirs, names)
+    if moe.shared_size:
+        yield from _dense_mlp(native, f"{ours}.shared", f"{theirs}.{names.shared}")
+
+
+def _experts(native: Mapping[str, Tensor], ours: str, theirs: str, names: MoeNames) -> Iterator[View]:
     for expert, gate_up in enumerate(native[f"{ours}.gate_up"]):
         gate, up = gate_up.chunk(2)
         yield f"{ours}.gate_up", f"{theirs}.experts.{expert}.{names.gate}.weight", gate
         yield f"{ours}.gate_up", f"{theirs}.experts.{expert}.{names.up}.weight", up
     for expert, down in enumerate(native[f"{ours}.down"]):
         yield f"{ours}.down", f"{theirs}.experts.{expert}.{names.down}.weight", down
-    if moe.shared_size:
-        yield from _dense_mlp(native, f"{ours}.shared", f"{theirs}.{names.shared}")

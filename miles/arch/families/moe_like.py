@@ -95,7 +95,11 @@ def moe_tensors(prefix: str, moe: MoeSpec, hidden_size: int, names: MoeNames) ->
     yield f"{block}.{names.router}", (moe.num_experts, hidden_size)
     if moe.correction_bias:
         yield f"{block}.{names.correction_bias}", (moe.num_experts,)
-    for expert in range(moe.num_experts):
+    if moe.stacked:
+        experts, width = moe.num_experts, moe.intermediate_size
+        yield f"{block}.experts.gate_up_proj", (experts, hidden_size, 2 * width)
+        yield f"{block}.experts.down_proj", (experts, width, hidden_size)
+    for expert in range(0 if moe.stacked else moe.num_experts):
         for part, shape in (
             (names.gate, (moe.intermediate_size, hidden_size)),
             (names.up, (moe.intermediate_size, hidden_size)),
@@ -117,7 +121,9 @@ def moe_layer_tensors(
         if isinstance(layer.mlp, MoeSpec):
             yield from moe_tensors(prefix, layer.mlp, hidden_size, names)
         else:
-            yield from swiglu_tensors(f"{prefix}.mlp", layer.mlp.intermediate_size, hidden_size)
+            yield from swiglu_tensors(
+                f"{prefix}.{names.dense_block}", layer.mlp.intermediate_size, hidden_size
+            )
 
     return tensors
 

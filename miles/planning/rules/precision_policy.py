@@ -129,6 +129,23 @@ def recipe_missing(subject: Subject) -> Iterator[Found]:
         yield Found(f"fp8_format {config.precision.fp8_format} and no fp8_recipe", "precision.fp8_recipe")
 
 
+@rule(
+    "PRC15",
+    Severity.ERROR,
+    title="stacked weights in a format of matrices",
+    cause="this family publishes all experts of a layer as one tensor of three dimensions, inputs first; no "
+    "quantised layout holds such a tensor",
+    fix="keep them plain: --extra-high-precision-layers-hf experts.",
+)
+def stacked_weights(subject: Subject) -> Iterator[Found]:
+    policy, spec = subject.precision, subject.spec
+    if policy is None or spec is None:
+        return
+    stacked = [name for name, shape in published_tensors(spec).items() if len(shape) > 2]
+    if bad := [n for n in stacked if not (policy.storage(n).is_plain and policy.compute(n).is_plain)]:
+        yield Found(_listed(bad), "precision.rollout_format")
+
+
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _JOINED = re.compile(r"\.(?:[qkv]_proj|gate_proj|up_proj|w1|w3)\.weight$")
 

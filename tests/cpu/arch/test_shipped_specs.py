@@ -40,6 +40,8 @@ PUBLISHED = {
     "llama-3.2-1b": (1.23e9, 1_235_814_400),
     "llama-3.2-3b": (3.21e9, 3_212_749_824),
     "llama-3.3-70b": (70.6e9, 70_553_706_496),
+    "llama-4-scout-17b-16e": (109e9, 108_641_793_536),
+    "llama-4-maverick-17b-128e": (400e9, 401_583_781_376),
     "gemma-2-2b": (2.6e9, 2_614_341_888),
     "gemma-2-9b": (9.24e9, 9_241_705_984),
     "gemma-2-27b": (27.2e9, 27_227_128_320),
@@ -53,8 +55,15 @@ STORES_TIED_HEAD = ("qwen3-0.6b", "qwen3-1.7b")
 
 SIGLIP, SIGLIP_WIDTH = 416_866_032, 1152
 """Parameters of the vision tower of Gemma 3, which three sizes share, and its width."""
+LLAMA4_VISION = 871_932_416
+"""Parameters beside the language model of Llama 4, which both sizes share."""
 
-ACTIVE = {"qwen3-30b-a3b": 3.3e9, "qwen3-235b-a22b": 22e9}
+ACTIVE = {
+    "llama-4-scout-17b-16e": 17.2e9,
+    "llama-4-maverick-17b-128e": 17.2e9,
+    "qwen3-30b-a3b": 3.3e9,
+    "qwen3-235b-a22b": 22e9,
+}
 """Parameters per token, by the model card."""
 
 IN_BILLIONS = {
@@ -106,6 +115,8 @@ def test_parameter_counts(name: str) -> None:
 
 def _other_parts(spec: ArchSpec) -> int:
     """Parameters beside the language model: the vision tower and the projection behind it."""
+    if spec.family == "llama4":
+        return LLAMA4_VISION
     return SIGLIP + (SIGLIP_WIDTH * spec.hidden_size + SIGLIP_WIDTH)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from miles.arch import load_spec
 from miles.arch.precision import NumberFormat, precision_policy
+from miles.errors import CheckpointError
 from miles.models.attention import PackedAttention
 from miles.models.decoder import Decoder
 from miles.models.routing import Router
@@ -18,10 +19,13 @@ from miles.weights.convert import Wanted, convert, open_source, plan_conversion
 from miles.weights.convert.stored import as_numbers
 from miles.weights.hf import read_hf
 from miles.weights.native_map import load_published
-from tests.cpu.families.family_cases import CASES, sequences
+from tests.cpu.families.tiny_checkpoints import CASES, sequences
 
 FORMATS = {"fp8": NumberFormat("fp8"), "int4": NumberFormat("int4", group_size=2)}
 """Groups of two: the widths are odd otherwise."""
+
+
+STACKED = "feed_forward.experts."
 
 
 def weights_of(directory: Path) -> dict[str, Tensor]:
@@ -35,13 +39,26 @@ def weights_of(directory: Path) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("to", FORMATS)
+def test_stacked_experts_are_refused_by_name(to: str, tmp_path: Path) -> None:
+    CASES["llama4_text"].save(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match=r"no layout for stacked weights.*experts\.gate_up_proj"):
+        plan_conversion(open_source(tmp_path / "plain"), tmp_path / "target", Wanted(FORMATS[to]))
+
+
+# Of a model with experts INT4 takes the experts alone.
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [(name, to) for name in CASES for to in FORMATS if not (to == "int4" and name.startswith("llama4"))],
+)
 def test_quantised_checkpoints_stand_for_the_rounded_weights(name: str, to: str, tmp_path: Path) -> None:
     CASES[name].save(tmp_path / "plain", std=0.05)
     spec, wanted = load_spec(tmp_path / "plain"), FORMATS[to]
-    convert(plan_conversion(open_source(tmp_path / "plain"), tmp_path / "target", Wanted(wanted)))
-    policy = precision_policy(spec, spec.dtype, wanted)
+    # Stacked experts stay as they are.
+    kept = (STACKED,) if spec.moe is not None and spec.moe.stacked else ()
+    asked = Wanted(wanted, kept=kept)
+    convert(plan_conversion(open_source(tmp_path / "plain"), tmp_path / "target", asked))
+    policy = precision_policy(spec, spec.dtype, wanted, kept=kept)
     exact, found = dict(read_hf(tmp_path / "plain")), weights_of(tmp_path / "target")
     rounded = {key for key in exact if not policy.storage(key).is_plain}
     assert found.keys() == exact.keys() and rounded

@@ -21,7 +21,7 @@ from miles.rollout.native.draft import SpeculationSettings
 from miles.rollout.native.engine import EngineSettings, NativeEngine
 from miles.weights.hf import read_hf, write_hf
 from miles.weights.native_map import load_published, published_views, to_published
-from tests.cpu.families.family_cases import CASES, LENGTHS, reference_logits, sequences
+from tests.cpu.families.tiny_checkpoints import CASES, LENGTHS, reference_logits, sequences
 
 FAMILIES = pytest.mark.parametrize("name", CASES)
 

@@ -86,6 +86,10 @@ def dense(facts: Facts) -> Facts:
     return arch(layers=tuple(replace(layer, mlp=DenseMlpSpec(64)) for layer in spec.layers))(facts)
 
 
+def stacked(facts: Facts) -> Facts:
+    return checkpoint(spec=shipped_spec("llama-4-scout-17b-16e"))(facts)
+
+
 def windowed(facts: Facts) -> Facts:
     spec = facts.checkpoint.spec
     assert spec is not None
@@ -543,6 +547,10 @@ CASES: dict[str, tuple[Case, Case]] = {
         Case(f"{BLOCKWISE} --extra-high-precision-layers-hf q_proj k_proj v_proj"),
     ),
     "PRC14": (Case("--fp8-format e4m3 --rollout-format fp8"), Case(BLOCKWISE)),
+    "PRC15": (
+        Case("--rollout-format fp8 --use-tis", facts=stacked),
+        Case("--rollout-format bf16 --use-tis", facts=stacked),
+    ),
     "ALN3": (
         scaled("--sglang-enable-return-routed-experts=false"),
         scaled("--sglang-enable-return-routed-experts"),

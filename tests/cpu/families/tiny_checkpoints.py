@@ -81,6 +81,32 @@ _GEMMA3 = _GEMMA | {
     },
 }
 
+_LLAMA4 = {
+    "num_hidden_layers": 5,
+    "max_position_embeddings": 128,
+    "attention_chunk_size": 6,
+    "no_rope_layer_interval": 3,
+    "floor_scale": 4,
+    "attn_scale": 0.3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+_LLAMA4_VISION = {
+    "vision_config": {
+        "hidden_size": 8,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "vision_output_dim": 8,
+        "projector_input_dim": 8,
+        "projector_output_dim": 8,
+    }
+}
+
 CASES: dict[str, Case] = {
     "gemma2": Case(
         "Gemma2ForCausalLM",
@@ -107,6 +133,23 @@ CASES: dict[str, Case] = {
         inside=_GEMMA3
         | {"vocab_size": 41, "hidden_size": 24, "intermediate_size": 20, "head_dim": 8}
         | {"num_attention_heads": 3, "num_key_value_heads": 3, "query_pre_attn_scalar": 8},
+    ),
+    "llama4_text": Case(
+        "Llama4ForCausalLM",
+        _LLAMA4
+        | {"vocab_size": 39, "hidden_size": 20, "intermediate_size": 14, "head_dim": 6}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3}
+        | {"intermediate_size_mlp": 22, "interleave_moe_layer_step": 2, "num_experts_per_tok": 1},
+        vocab_size=39,
+    ),
+    "llama4": Case(
+        "Llama4ForConditionalGeneration",
+        _LLAMA4_VISION,
+        vocab_size=33,
+        inside=_LLAMA4
+        | {"vocab_size": 33, "hidden_size": 18, "intermediate_size": 10, "head_dim": 4}
+        | {"num_attention_heads": 3, "num_key_value_heads": 1, "num_local_experts": 5}
+        | {"num_experts_per_tok": 2, "use_qk_norm": False},
     ),
 }
 
