@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -46,6 +48,24 @@ class RoutingAgreement:
     @property
     def dispatched_flip_fraction(self) -> float:
         return self.dispatched_flips / (self.rows * len(self.flips_per_layer))
+
+
+class PassRoutes(Protocol):
+    """What one forward routed, and how that agrees with the routes it was compared with."""
+
+    @property
+    def dispatched(self) -> Mapping[int, Tensor]:
+        """Expert ids int64 [T, k] by MoE layer."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether this pass was compared with recorded routes."""
+
+    def agreement(self, copies: Tensor | None = None) -> RoutingAgreement:
+        """Summed over the pass. `copies` (int64 [T]): how many rows each token stands for; by default one."""
+
+    def flipped_rows(self) -> Tensor:
+        """bool [T]: rows that would be routed otherwise in at least one layer."""
 
 
 def compare_routes(decided: Tensor, recorded: Tensor) -> tuple[Tensor, Tensor]:

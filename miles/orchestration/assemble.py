@@ -35,6 +35,7 @@ from miles.rollout.generate import GenerationSettings
 from miles.rollout.native.draft import SpeculationSettings
 from miles.rollout.native.engine import EngineSettings
 from miles.rollout.sglang.engine import SglangSettings
+from miles.training.megatron.layout import MegatronLayout
 from miles.training.settings import (
     AlgorithmSettings,
     FaultInjection,
@@ -48,7 +49,7 @@ DTYPES = PLAIN
 
 
 def trainer_settings(config: RunConfig, plan: Plan, spec: ArchSpec) -> TrainerSettings:
-    """What the native trainer is told."""
+    """What a trainer is told."""
     training, optimizer, replay = config.training, config.optimizer, plan.routing_replay
     return TrainerSettings(
         optimizer=OptimizerSettings(
@@ -75,6 +76,24 @@ def trainer_settings(config: RunConfig, plan: Plan, spec: ArchSpec) -> TrainerSe
         non_finite_policy=training.non_finite_policy,
         fault=_fault(config.debug.inject_fault, plan.batch.steps_per_rollout),
         precision=None if plan.precision.training.is_plain else plan.precision,
+    )
+
+
+def megatron_layout(config: RunConfig) -> MegatronLayout:
+    """How the Megatron trainer cuts the model over its processes."""
+    parallel = config.parallel
+    return MegatronLayout(
+        tp=parallel.tensor_model_parallel_size,
+        pp=parallel.pipeline_model_parallel_size,
+        cp=parallel.context_parallel_size,
+        ep=parallel.expert_model_parallel_size,
+        etp=parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
+        virtual_stage_layers=parallel.num_layers_per_virtual_pipeline_stage,
+        first_stage_layers=parallel.decoder_first_pipeline_num_layers,
+        last_stage_layers=parallel.decoder_last_pipeline_num_layers,
+        sequence_parallel=parallel.sequence_parallel,
+        implementation=config.training.transformer_impl or "local",
+        dispatcher=config.training.moe_token_dispatcher_type,
     )
 
 

@@ -76,8 +76,9 @@ async def _engine(
         return
     engine = workers.build_engine(job, spec)
     workers.watch_gap(job, trainer.trainer, engine)
+    shares = own is None and job.plan.trainer == "native"
     yield (
         engine,
-        SharedWeights(trainer, engine) if own is None else RoundedWeights(trainer, engine, own),
+        SharedWeights(trainer, engine) if shares else RoundedWeights(trainer, engine, own),
         engine,
     )

@@ -10,14 +10,17 @@ from miles.data.batch import TrainBatch, pack
 from miles.data.route_codec import compact
 from miles.data.sample import Sample
 from miles.errors import RunError
+from miles.training.megatron.trainer import MegatronTrainer
 from miles.training.native.trainer import NativeTrainer
 from miles.training.trainer import TrainResult
+
+AnyTrainer = NativeTrainer | MegatronTrainer
 
 
 class TrainWorker:
     """Owns a trainer. Lives in the driver's process or in a process of its own, so callers await it."""
 
-    def __init__(self, trainer: NativeTrainer, reward_key: str | None) -> None:
+    def __init__(self, trainer: AnyTrainer, reward_key: str | None) -> None:
         self.trainer = trainer
         self._reward_key = reward_key
 

@@ -14,6 +14,7 @@ from miles.orchestration.train_worker import TrainWorker
 from miles.orchestration.weight_packets import WeightsDamaged
 from miles.record import RecordWriter
 from miles.rollout.native.engine import NativeEngine
+from miles.training.native.trainer import NativeTrainer
 from miles.weights.low_precision import as_stored
 
 MAX_SENDS = 3
@@ -43,13 +44,16 @@ class SharedWeights:
 
     async def send(self, version: int) -> None:
         trainer = self._trainer.trainer
+        assert isinstance(trainer, NativeTrainer), "other trainers have no decoder to share"
         await self._engine.share_weights(trainer.decoder, version, trainer.draft)
 
 
 class RoundedWeights:
-    """The engine has weights of its own in another number format: one process, copied between two steps."""
+    """The engine has weights of its own, in `policy`'s number format or as the trainer has them: one process,
+    copied between two steps.
+    """
 
-    def __init__(self, trainer: TrainWorker, engine: NativeEngine, policy: PrecisionPolicy) -> None:
+    def __init__(self, trainer: TrainWorker, engine: NativeEngine, policy: PrecisionPolicy | None) -> None:
         self._trainer, self._engine, self._policy = trainer, engine, policy
 
     async def send(self, version: int) -> None:

@@ -24,15 +24,17 @@ from miles.orchestration.observer import Observer
 from miles.orchestration.rollout_worker import CustomGeneration, RolloutWorker
 from miles.orchestration.run_model import read_weights
 from miles.orchestration.supervisor import Supervisor
-from miles.orchestration.train_worker import TrainWorker
+from miles.orchestration.train_worker import AnyTrainer, TrainWorker
 from miles.orchestration.weight_sync import WeightSync
 from miles.record import Inbox, RecordWriter
 from miles.rollout.collect import Score
 from miles.rollout.custom import Surroundings
 from miles.rollout.engine import GenerationClient
 from miles.rollout.native.engine import NativeEngine
+from miles.training.megatron.trainer import MegatronTrainer
 from miles.training.native.gap_watch import GapWatch
 from miles.training.native.trainer import NativeTrainer
+from miles.training.settings import TrainerSettings
 
 if TYPE_CHECKING:
     from miles.orchestration.job import Job
@@ -57,15 +59,8 @@ def build_trainer(job: Job, spec: ArchSpec, parallel: DataParallel | None = None
     """
     config, source = job.resolved.config, job.source
     settings = assemble.trainer_settings(config, job.plan, spec)
-    trainer = NativeTrainer(
-        spec,
-        settings,
-        dtype=assemble.DTYPES[job.plan.dtype],
-        device=job.plan.device,
-        source_dir=source.directory,
-        parallel=parallel,
-        numerics=assemble.numerics(job.plan, spec),
-    )
+    make = _megatron if job.plan.trainer == "megatron" else _native
+    trainer = make(job, spec, settings, parallel)
     if source.has_weights:
         trainer.load_weights(read_weights(Path(config.model.load or source.directory), spec))
     else:
@@ -77,6 +72,32 @@ def build_trainer(job: Job, spec: ArchSpec, parallel: DataParallel | None = None
     return TrainWorker(trainer, config.reward.reward_key)
 
 
+def _native(job: Job, spec: ArchSpec, settings: TrainerSettings, parallel: DataParallel | None) -> AnyTrainer:
+    return NativeTrainer(
+        spec,
+        settings,
+        dtype=assemble.DTYPES[job.plan.dtype],
+        device=job.plan.device,
+        source_dir=job.source.directory,
+        parallel=parallel,
+        numerics=assemble.numerics(job.plan, spec),
+    )
+
+
+def _megatron(
+    job: Job, spec: ArchSpec, settings: TrainerSettings, parallel: DataParallel | None
+) -> AnyTrainer:
+    return MegatronTrainer(
+        spec,
+        settings,
+        assemble.megatron_layout(job.resolved.config),
+        dtype=assemble.DTYPES[job.plan.dtype],
+        device=job.plan.device,
+        source_dir=job.source.directory,
+        parallel=parallel,
+    )
+
+
 def build_engine(job: Job, spec: ArchSpec) -> NativeEngine:
     """An engine without weights."""
     numerics = assemble.numerics(job.plan, spec)
@@ -84,13 +105,14 @@ def build_engine(job: Job, spec: ArchSpec) -> NativeEngine:
     return NativeEngine(spec, assemble.engine_settings(job.resolved.config, job.plan, numerics, library))
 
 
-def watch_gap(job: Job, trainer: NativeTrainer, engine: NativeEngine | None) -> None:
+def watch_gap(job: Job, trainer: AnyTrainer, engine: NativeEngine | None) -> None:
     """In true on-policy mode: trace the first token whose log-prob differs to a layer.
 
     `engine`: the one whose samples are trained on, where it is in the trainer's process.
     """
     config = job.resolved.config
     if config.alignment.true_on_policy_mode:
+        assert isinstance(trainer, NativeTrainer), "preflight refuses exact bits with other trainers"
         rescore = None if engine is None else engine.rescore
         temperature = trainer.settings.algorithm.temperature
         trainer.gap_watch = GapWatch(rescore, trainer.settings.replay_routes, temperature)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,16 @@ class Part:
     instead: str
     fields: frozenset[str]
     values: Mapping[str, tuple[Any, ...]]
+    on: frozenset[str] = frozenset({"cpu", "gpu"})
+    """Where it runs."""
+    planned: frozenset[str] = frozenset()
+    """What it is going to use where it does not run yet."""
+
+    def here(self, on_gpus: bool) -> Part:
+        """This part in a run on GPUs or without: as it is, or not available."""
+        if ("gpu" if on_gpus else "cpu") in self.on:
+            return self
+        return replace(self, available=False, fields=self.planned or self.fields, values={})
 
     def uses(self, setting: str) -> bool:
         """Whether it lists a setting, by name or with its whole section."""
@@ -66,6 +76,8 @@ def _part(kind: str, name: str, row: Mapping[str, Any]) -> Part:
         instead=row.get("instead", ""),
         fields=frozenset(row["fields"]),
         values=_values(row),
+        on=frozenset(row.get("on", ("cpu", "gpu"))),
+        planned=frozenset(row.get("planned", ())),
     )
 
 

@@ -138,7 +138,7 @@ def plan_scale(request: ScaleRequest) -> ScalePlan:
 
 
 def plan_layout(config: RunConfig) -> Layout:
-    """The layout that a run file asks for; on CPU the ranks are those of one model replica."""
+    """The layout that a run file asks for; on CPU every rank is a process."""
     parallel, cluster = config.parallel, config.cluster
     replica = (
         parallel.tensor_model_parallel_size
@@ -146,7 +146,8 @@ def plan_layout(config: RunConfig) -> Layout:
         * parallel.context_parallel_size
     )
     return Layout(
-        world=cluster.actor_num_nodes * cluster.actor_num_gpus_per_node or replica,
+        world=cluster.actor_num_nodes * cluster.actor_num_gpus_per_node
+        or replica * config.training.data_parallel_size,
         tp=parallel.tensor_model_parallel_size,
         pp=parallel.pipeline_model_parallel_size,
         cp=parallel.context_parallel_size,

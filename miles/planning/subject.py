@@ -33,7 +33,7 @@ from miles.planning.scale import (
 from miles.planning.server_args import plan_server_args
 from miles.planning.speculation import SpeculationPlan, mtp_layers, plan_speculation
 from miles.planning.threads import ThreadPlan, plan_threads
-from miles.planning.workers import WorkersPlan, plan_workers
+from miles.planning.workers import WorkersPlan, plan_workers, trainer_ranks
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Subject:
             return config.run.executor
         # SGLang servers are processes of their own under any executor.
         counts = (
-            config.training.data_parallel_size,
+            trainer_ranks(config),
             config.engine.num_engines if config.rollout.backend == "native" else 1,
             config.reward.num_reward_workers,
         )
@@ -99,11 +99,12 @@ class Subject:
     def parts(self) -> tuple[tuple[str, Part], ...]:
         """The chosen trainer, engine and executor, each with the setting that chose it."""
         table = capabilities().parts
-        return (
+        chosen = (
             ("training.backend", table["trainer", self.config.training.backend]),
             ("rollout.backend", table["engine", self.config.rollout.backend]),
             ("run.executor", table["executor", self.executor]),
         )
+        return tuple((setting, part.here(self.on_gpus)) for setting, part in chosen)
 
     def uses(self, setting: str) -> bool:
         """Whether some part of this run uses a setting.

@@ -35,9 +35,18 @@ class WorkersPlan:
         return f"{' + '.join(parts)} = {self.cpus} CPU"
 
 
+def trainer_ranks(config: RunConfig) -> int:
+    """Trainer processes of a run without GPUs: data-parallel copies, each cut over some with Megatron."""
+    copies, parallel = config.training.data_parallel_size, config.parallel
+    if config.training.backend != "megatron":
+        return copies
+    cut = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    return copies * cut * parallel.context_parallel_size
+
+
 def plan_workers(config: RunConfig, threads: int) -> WorkersPlan:
     """Trainer ranks, engines and reward workers as set; only the first where nothing is sampled."""
-    ranks = config.training.data_parallel_size
+    ranks = trainer_ranks(config)
     if config.algorithm.loss_type == "sft_loss":
         return WorkersPlan(ranks, 0, 0, threads)
     engines = len(config.rollout.rollout_external_engine_addrs) or config.engine.num_engines

@@ -47,7 +47,7 @@ def profile(scene: Scene) -> Suggestion | None:
 def _has_accelerators(scene: Scene) -> bool:
     """Whether there are GPUs here or behind RAY_ADDRESS, and this version of miles can use them."""
     parts = capabilities().parts
-    usable = parts["executor", "ray"].available and parts["trainer", "megatron"].available
+    usable = parts["executor", "ray"].available and parts["trainer", "megatron"].here(on_gpus=True).available
     return usable and bool(scene.machine.gpus or scene.world.ray.address)
 
 

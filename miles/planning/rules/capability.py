@@ -21,7 +21,10 @@ from miles.planning.subject import Subject
 def part_unavailable(subject: Subject) -> Iterator[Found]:
     for setting, part in subject.parts():
         if not part.available:
-            yield Found(f"the {part.name} {part.kind} is not supported yet", setting, f"use {part.instead}")
+            where = " on GPUs" if subject.on_gpus else ""
+            yield Found(
+                f"the {part.name} {part.kind} is not supported yet{where}", setting, f"use {part.instead}"
+            )
 
 
 @rule(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from miles.arch import with_mtp
+from miles.arch.megatron import megatron_obstacle
 from miles.planning.findings import Found, Severity
 from miles.planning.layout import layout_problems
 from miles.planning.rules.rule import rule
 from miles.planning.scale import plan_layout
+from miles.planning.speculation import mtp_layers
 from miles.planning.subject import Subject
 
 
@@ -196,6 +199,23 @@ def allgather_in_pipeline(subject: Subject) -> Iterator[Found]:
         and subject.config.parallel.pipeline_model_parallel_size > 1
     ):
         yield Found("the allgather dispatcher in a pipeline", "training.moe_token_dispatcher_type")
+
+
+@rule(
+    "LAY14",
+    Severity.ERROR,
+    title="the Megatron trainer does not carry this model",
+    cause="one configuration of megatron-core holds for all layers, and only families whose logits were "
+    "compared with it are mapped to it",
+    fix="use --train-backend native",
+)
+def not_carried(subject: Subject) -> Iterator[Found]:
+    if subject.config.training.backend != "megatron" or subject.on_gpus or subject.spec is None:
+        return
+    used = with_mtp(subject.spec, mtp_layers(subject.config, subject.spec.mtp_num_layers))
+    obstacle = megatron_obstacle(used)
+    if obstacle:
+        yield Found(obstacle, "training.backend")
 
 
 @rule(

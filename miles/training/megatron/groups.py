@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,9 +13,10 @@ from miles.data.batch import TrainBatch
 from miles.errors import RunError
 from miles.training.megatron import cpu
 from miles.training.megatron.layout import MegatronLayout
-from miles.training.native.process_group import DataParallel
 from miles.training.native.ranks import input_digest
 from miles.training.native.state import TrainerState
+
+T = TypeVar("T")
 
 SEED = 0
 """Of Megatron's tensor-parallel random states. Nothing draws from them: weights are loaded."""
@@ -73,8 +75,6 @@ class MegatronRanks:
     (`from_last_stage`).
     """
 
-    parallel: DataParallel | None
-
     @property
     def rank(self) -> int:
         from megatron.core import parallel_state
@@ -119,14 +119,14 @@ class MegatronRanks:
             )
 
 
-def from_last_stage(value: Tensor | None) -> Tensor:
-    """A tensor that only the last pipeline stage has, on all stages; others pass None."""
+def from_last_stage(value: T | None) -> T:
+    """What only the last pipeline stage has, without gradient, on all stages; others pass None."""
     from megatron.core import parallel_state
 
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         assert value is not None
         return value
-    box: list[Tensor | None] = [None if value is None else value.detach().cpu()]
+    box: list[T | None] = [value]
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     dist.broadcast_object_list(box, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     assert box[0] is not None

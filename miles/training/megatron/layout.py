@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from miles.arch.spec import ArchSpec, DenseMlpSpec
+from miles.arch.megatron import megatron_obstacle
+from miles.arch.spec import ArchSpec
 from miles.errors import MilesError
 
 Implementation = Literal["local", "transformer_engine"]
@@ -44,36 +45,11 @@ class MegatronLayout:
 
 
 def require_expressible(spec: ArchSpec) -> None:
-    """Raise MilesError for a model that megatron-core's configuration cannot describe."""
-    problems = tuple(_inexpressible(spec))
-    if problems:
+    """Raise MilesError for a model that the Megatron trainer does not carry."""
+    obstacle = megatron_obstacle(spec)
+    if obstacle:
         raise MilesError(
-            f"the Megatron trainer cannot express this model: {'; '.join(problems)}",
+            f"the Megatron trainer does not carry {obstacle}",
             where=spec.architecture,
             fix="use --train-backend native",
         )
-
-
-def _inexpressible(spec: ArchSpec) -> list[str]:
-    """One TransformerConfig holds for all layers."""
-    problems = []
-    if len({layer.attention for layer in spec.layers}) > 1:
-        problems.append("its layers differ in their attention")
-    if len({layer.mlp for layer in spec.layers if isinstance(layer.mlp, DenseMlpSpec)}) > 1:
-        problems.append("its dense layers differ in width")
-    if len({layer.mlp for layer in spec.layers if not isinstance(layer.mlp, DenseMlpSpec)}) > 1:
-        problems.append("its MoE layers differ in their experts")
-    if spec.layers[0].attention.qk_norm and spec.layers[0].attention.qk_norm_over != "head":
-        problems.append("its query and key norms span all heads")
-    if spec.layers[0].attention.latent is not None:
-        problems.append("its latent attention is not carried")
-    elif spec.layers[0].attention.rope.width is not None:
-        problems.append("it rotates a part of each head, which is not carried")
-    moe = spec.moe
-    if moe is not None and (moe.scoring != "softmax" or moe.num_groups > 1 or moe.routed_scaling != 1):
-        problems.append("its router has sigmoid scores, groups or a scale, which are not carried")
-    if moe is not None and (moe.correction_bias or moe.shared_size):
-        problems.append("its correction biases or shared experts are not carried")
-    if spec.mtp is not None:
-        problems.append("its MTP layers are not carried")
-    return problems

@@ -109,12 +109,13 @@ class SeenRoutes:
     """What one pass over a micro-batch routed, compared with what the engine recorded.
 
     Args:
-        dispatched: int64 [T, L, k]. decided: the routers' own choice, None where it was not measured.
+        dispatched: int64 [T, L, k]; None for a dense model.
+        decided: the routers' own choice; None where it was not measured.
         recorded: int64 [T, L, k], -1 where nothing was recorded; None without routes.
     """
 
-    def __init__(self, dispatched: Tensor, decided: Tensor | None, recorded: Tensor | None) -> None:
-        self.dispatched = dict(enumerate(dispatched.unbind(1)))
+    def __init__(self, dispatched: Tensor | None, decided: Tensor | None, recorded: Tensor | None) -> None:
+        self.dispatched = {} if dispatched is None else dict(enumerate(dispatched.unbind(1)))
         self._flips: list[Tensor] = []
         self._disjoint: list[Tensor] = []
         self._wrong: list[Tensor] = []

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
 from miles.arch.spec import ArchSpec, DenseMlpSpec
 from miles.training.megatron.layout import MegatronLayout
@@ -20,7 +21,8 @@ def transformer_config(
     """The configuration of a model that `layout.require_expressible` lets pass.
 
     Losses come weighted over the whole optimizer step, so gradients are sums over micro-batches and ranks
-    (`calculate_per_token_loss`). Nothing is initialised: all weights are loaded.
+    (`calculate_per_token_loss`). All weights are loaded; yet initialisation must not be switched off, since
+    it marks the parameters that tensor parallelism cuts, and without the mark the norm leaves them out.
     """
     attention = spec.layers[0].attention
     engine = layout.implementation == "transformer_engine"
@@ -58,8 +60,9 @@ def transformer_config(
             overlap_p2p_comm=layout.virtual_stage_layers is not None,
             batch_p2p_comm=layout.virtual_stage_layers is None,
             calculate_per_token_loss=True,
-            perform_initialization=False,
-            use_cpu_initialization=not engine,
+            init_method=_left_alone,
+            output_layer_init_method=_left_alone,
+            embedding_init_method=_left_alone,
             gradient_accumulation_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
@@ -68,6 +71,10 @@ def transformer_config(
             **_mlp(spec, layout),
             **_recompute(spec, settings),
         )
+
+
+def _left_alone(weight: Tensor) -> Tensor:
+    return weight
 
 
 def _mlp(spec: ArchSpec, layout: MegatronLayout) -> dict[str, Any]:

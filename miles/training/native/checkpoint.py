@@ -112,7 +112,7 @@ def load_checkpoint(directory: Path, tensors: TrainerTensors) -> TrainerState:
 
     Raises CheckpointError for a missing or damaged part.
     """
-    state = _read_state(directory / STATE_FILE)
+    state = read_state(directory / STATE_FILE)
     model_dir, spec = directory / MODEL_DIR, tensors.spec
     saved = load_spec(model_dir)
     items = without_spare_mtp(saved, spec, read_hf(model_dir))
@@ -145,7 +145,8 @@ def _load_optimizer(directory: Path, tensors: TrainerTensors, saved: ArchSpec, w
         tensors.layout.load(spec, native, items, where=str(path))
 
 
-def _read_state(path: Path) -> TrainerState:
+def read_state(path: Path) -> TrainerState:
+    """Counters and knobs of a checkpoint. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(
             "not a trainer checkpoint: trainer_state.json is missing", where=str(path.parent)

@@ -14,6 +14,7 @@ from miles.models.decoder import Decoder
 from miles.models.logprob import token_log_probs
 from miles.models.numerics import FAST
 from miles.models.routing import Router
+from miles.models.routing_stats import PassRoutes
 from miles.models.segment_attention import SegmentAttention, pays_in_segments
 from miles.training.native.micro_batches import MicroBatch
 
@@ -24,7 +25,7 @@ class ForwardOutput:
 
     log_probs_R: Tensor
     entropy_R: Tensor | None
-    router: Router
+    router: PassRoutes
 
 
 @runtime_checkable

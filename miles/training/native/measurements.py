@@ -12,8 +12,8 @@ from torch import Tensor
 
 from miles.algorithms.mismatch import log_prob_gap
 from miles.arch.spec import ArchSpec
-from miles.models.routing import Router, expert_load
-from miles.models.routing_stats import RoutingAgreement
+from miles.models.routing import expert_load
+from miles.models.routing_stats import PassRoutes, RoutingAgreement
 from miles.training.native.forward import ForwardOutput
 from miles.training.native.micro_batches import MicroBatch
 from miles.training.native.ranks import Ranks
@@ -53,7 +53,7 @@ class PassMeasurements:
         if output.entropy_R is not None:
             self._entropy.append(output.entropy_R.detach())
 
-    def add_routing(self, micro_batch: MicroBatch, router: Router, replay: bool) -> None:
+    def add_routing(self, micro_batch: MicroBatch, router: PassRoutes, replay: bool) -> None:
         """The router of one micro-batch's forward; nothing for a dense model."""
         if not self.spec.is_moe:
             return

@@ -28,10 +28,11 @@ def gap_without_replay(
     Empty when nothing is replayed (the ordinary gap then is the one without replay), when the engine
     reported no log-probs, or when `probe_tokens` is 0. At least one sequence is probed, however long.
     """
-    if not settings.replay_routes or batch.routes is None or settings.probe_tokens == 0:
+    probed = probed_sequences(batch, settings)
+    if probed is None:
         return {}
     share = may_share_prompts(decoder, settings, batch)
-    micro_batch = make_micro_batch(batch, _probed(batch, settings.probe_tokens), device, share)
+    micro_batch = make_micro_batch(batch, probed, device, share)
     if micro_batch.num_trained == 0:
         return {}
     router = make_router(micro_batch, replay=False, measure=True)
@@ -42,12 +43,16 @@ def gap_without_replay(
     return measurements.gap_metrics(NO_REPLAY) | measurements.agreement_metrics(NO_REPLAY)
 
 
-def _probed(batch: TrainBatch, most_rows: int) -> np.ndarray:
-    """int64 indices of the sequences to probe, those without a token of older weights first; at least one."""
+def probed_sequences(batch: TrainBatch, settings: TrainerSettings) -> np.ndarray | None:
+    """int64 indices of the sequences to probe, those without a token of older weights first; at least one.
+    None where nothing is replayed, or nothing is to be probed.
+    """
+    if not settings.replay_routes or batch.routes is None or settings.probe_tokens == 0:
+        return None
     order = np.arange(batch.num_sequences)
     versions_T = batch.weight_versions
     if versions_T is not None:
         old_T = (versions_T >= 0) & (versions_T < versions_T.max())
         order = np.argsort(np.logical_or.reduceat(old_T, batch.cu_seqlens[:-1]), kind="stable")
-    fits = np.cumsum(batch.lengths[order]) <= most_rows
+    fits = np.cumsum(batch.lengths[order]) <= settings.probe_tokens
     return order[: max(1, int(fits.sum()))]

@@ -12,7 +12,6 @@ floating-point sums, except for the load-balancing loss, which is a mean over mi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,15 +27,14 @@ from miles.errors import RunError
 from miles.models.decoder import Decoder
 from miles.models.mtp import MtpDraft
 from miles.models.numerics import FAST, Numerics
-from miles.training.batch_advantages import with_advantages
 from miles.training.knobs import Knobs
-from miles.training.native.batch_checks import require_rollout_log_probs, validate_batch
+from miles.training.native.batch_checks import validate_batch
 from miles.training.native.checkpoint import TrainerTensors, load_checkpoint, save_checkpoint
 from miles.training.native.draft import DraftTraining
 from miles.training.native.forward import forward, make_router
 from miles.training.native.gap_watch import GapWatch
 from miles.training.native.measurements import DISPATCHED, PassMeasurements
-from miles.training.native.micro_batches import cut_micro_batches, split_optimizer_steps, trained_sequences
+from miles.training.native.micro_batches import cut_micro_batches, trained_sequences
 from miles.training.native.optimizer import MasterAdamW
 from miles.training.native.probe import gap_without_replay
 from miles.training.native.ranks import OneRank, Ranks
@@ -45,8 +43,9 @@ from miles.training.native.shared_prompts import may_share_prompts
 from miles.training.native.state import TrainerState
 from miles.training.native.tensor_layout import TensorLayout, WholeTensors
 from miles.training.native.update import OptimizerStep, Update
+from miles.training.rollout_trainer import RolloutTrainer
 from miles.training.settings import TrainerSettings
-from miles.training.trainer import LogProbs, ModelRole, TrainResult
+from miles.training.trainer import LogProbs, ModelRole
 from miles.weights.low_precision import fake_quantise
 from miles.weights.native_map import joint, to_published
 
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
     from miles.training.native.process_group import DataParallel
 
 
-class NativeTrainer:
+class NativeTrainer(RolloutTrainer):
     """The torch trainer. Implements `training.trainer.Trainer`.
 
     Args:
@@ -100,11 +99,6 @@ class NativeTrainer:
         self.state = TrainerState(
             knobs=knobs, configured=knobs, draft_updates=None if self.draft_training is None else 0
         )
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken so far, skipped ones included."""
-        return self.state.step
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], model: ModelRole = "policy") -> None:
         """Fill the policy with its MTP layers, or the reference, which has none, from tensors under published
@@ -191,54 +185,6 @@ class NativeTrainer:
                 metrics["route/ref_dispatched_flip_frac"] = agreement[DISPATCHED]
         return LogProbs(log_probs, entropy, replay and batch.routes is not None, metrics)
 
-    def train_step(self, batch: TrainBatch) -> TrainResult:
-        """Train on one rollout batch, in `num_steps_per_rollout` optimizer steps.
-
-        Old and reference log-probs and advantages are taken from the batch where it carries them, and
-        computed where the loss needs them. With one optimizer step per rollout the old log-probs are those
-        of the training forward itself.
-        """
-        validate_batch(batch, self.spec)
-        self.ranks.require_same_input(batch, self.state)
-        if self.settings.algorithm.use_rollout_logprobs or self.state.knobs.corrects_importance:
-            require_rollout_log_probs(batch)
-        if self._rounding is not None:
-            self._rounding.measure()
-        metrics = gap_without_replay(self.decoder, batch, self.settings, self.device)
-        batch, prepared = self._prepare(batch)
-        metrics |= prepared
-        measurements = None if "rollout/log_probs" in prepared else PassMeasurements(self.spec)
-        updates: list[Update] = []
-        stop = False
-        for part in split_optimizer_steps(batch, self.settings.num_steps_per_rollout):
-            updates.append(self._update(part, None if updates else measurements))
-            stop = bool(updates[-1].events) and self.settings.non_finite_policy == "stop"
-            if stop:
-                break
-        if measurements is not None:
-            metrics |= measurements.over(self.ranks).metrics()
-        if self._rounding is not None:
-            metrics |= self._rounding.metrics(self.ranks)
-        broken = None if self.gap_watch is None else self.gap_watch.take_event()
-        events = (self._numerics_event(), broken)
-        return _summarize(metrics, updates, stop, tuple(event for event in events if event is not None))
-
-    def _numerics_event(self) -> dict[str, Any] | None:
-        """Which numerics were found on this machine: told once, with the first step."""
-        chosen = self._numerics.chosen()
-        if self._told_numerics or not chosen:
-            return None
-        self._told_numerics = True
-        return {"kind": "numerics", "numerics": self._numerics.name, **chosen}
-
-    def set(self, knob: str, value: float) -> None:
-        """Change a live knob (see `training.knobs`) from the next step on."""
-        self.state = replace(self.state, knobs=self.state.knobs.changed(knob, value, self.settings))
-
-    def knobs(self) -> dict[str, float]:
-        """The knobs in effect."""
-        return self.state.knobs.as_dict()
-
     def save(self, directory: Path, *, optimizer: bool = True) -> None:
         """Write weights, optimizer moments, counters and knobs into an existing directory.
 
@@ -255,31 +201,26 @@ class NativeTrainer:
         """
         self.state = load_checkpoint(directory, self._tensors).under(Knobs.from_settings(self.settings))
 
-    def _prepare(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
-        """Fill in what the loss needs and the batch lacks."""
-        algorithm = self.settings.algorithm
-        metrics: dict[str, float] = {}
-        if algorithm.loss_type == "sft_loss":
-            return batch, metrics
-        if batch.old_log_probs is None and self.settings.needs_old_log_probs_pass:
-            batch, more = self._with_log_probs(batch, "policy", "old_log_probs")
-            metrics |= more
-        if batch.ref_log_probs is None and algorithm.needs_reference:
-            batch, more = self._with_log_probs(batch, "reference", "ref_log_probs")
-            metrics |= more
-        if batch.advantages is None:
-            batch, more = with_advantages(batch, algorithm)
-            metrics |= more
-        return batch, metrics
+    def _before_updates(self, batch: TrainBatch) -> dict[str, float]:
+        if self._rounding is not None:
+            self._rounding.measure()
+        return gap_without_replay(self.decoder, batch, self.settings, self.device)
 
-    def _with_log_probs(
-        self, batch: TrainBatch, model: ModelRole, name: str
-    ) -> tuple[TrainBatch, dict[str, float]]:
-        started = time.perf_counter()
-        result = self.log_probs(batch, model)
-        timer = "perf/log_probs_time" if model == "policy" else "perf/ref_log_probs_time"
-        metrics = result.metrics | {timer: time.perf_counter() - started}
-        return batch.with_rows(**{name: result.log_probs}), metrics
+    def _after_updates(self) -> dict[str, float]:
+        return {} if self._rounding is None else self._rounding.metrics(self.ranks)
+
+    def _take_events(self) -> tuple[dict[str, Any], ...]:
+        broken = None if self.gap_watch is None else self.gap_watch.take_event()
+        events = (self._numerics_event(), broken)
+        return tuple(event for event in events if event is not None)
+
+    def _numerics_event(self) -> dict[str, Any] | None:
+        """Which numerics were found on this machine: told once, with the first step."""
+        chosen = self._numerics.chosen()
+        if self._told_numerics or not chosen:
+            return None
+        self._told_numerics = True
+        return {"kind": "numerics", "numerics": self._numerics.name, **chosen}
 
     def _update(self, batch: TrainBatch, measurements: PassMeasurements | None) -> Update:
         step = OptimizerStep(
@@ -363,21 +304,3 @@ def _layout(device: torch.device, parallel: DataParallel | None) -> TensorLayout
     from miles.training.native.sharded_tensors import ShardedTensors
 
     return ShardedTensors(parallel)
-
-
-def _summarize(
-    metrics: dict[str, float], updates: list[Update], stop: bool, events: tuple[dict[str, Any], ...]
-) -> TrainResult:
-    """Means over the optimizer steps of what every one of them reported, next to what was measured once."""
-    steps = tuple(update.metrics for update in updates)
-    means = {
-        name: float(np.mean([step[name] for step in steps]))
-        for name in steps[0]
-        if all(name in step for step in steps)
-    }
-    return TrainResult(
-        metrics=metrics | means,
-        optimizer_steps=steps,
-        events=(*events, *(event for update in updates for event in update.events)),
-        stop=stop,
-    )

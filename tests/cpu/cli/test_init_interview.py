@@ -200,7 +200,7 @@ def test_gpus_are_not_suggested_while_no_backend_can_use_them() -> None:
     from miles.planning.capabilities import capabilities
 
     parts = capabilities().parts
-    usable = parts["executor", "ray"].available and parts["trainer", "megatron"].available
+    usable = parts["executor", "ray"].available and parts["trainer", "megatron"].here(on_gpus=True).available
     world = FakeWorld(machine=replace(MACHINE, gpus=(Gpu("H200", 140 * GIB),)))
     assert hold(world, MINE).values["profile"].startswith("base/grpo,base/cluster" if usable else LAPTOP)
 

@@ -148,6 +148,23 @@ def make_batch() -> Callable[..., TrainBatch]:
     return make
 
 
+@pytest.fixture(scope="session")
+def make_batches() -> Callable[[ArchSpec, int], list[TrainBatch]]:
+    """Rollout batches of an engine with other router noise, one after another."""
+
+    def make(spec: ArchSpec, count: int) -> list[TrainBatch]:
+        engine = Decoder(spec)
+        engine.init_weights(torch.Generator().manual_seed(0))
+        noisy = torch.Generator().manual_seed(99)
+        with torch.no_grad():
+            for name, parameter in engine.named_parameters():
+                if name.endswith("router"):
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=noisy))
+        return [as_sampled_by(engine, prompts_and_responses(seed, 3, 4)) for seed in range(count)]
+
+    return make
+
+
 @pytest.fixture
 def with_siblings() -> Callable[[TrainBatch], TrainBatch]:
     """Pairs of neighbours become one rollout and share a reward."""

@@ -169,7 +169,7 @@ def test_weights_keep_their_bits_in_bf16(tmp_path: Path) -> None:
 
 def test_a_model_with_mtp_layers_is_refused_by_name() -> None:
     spec = spec_from_hf_config(BASE | CASES["qwen2"] | {"mtp_num_hidden_layers": 1})
-    with pytest.raises(MilesError, match=r"cannot express this model: its MTP layers"):
+    with pytest.raises(MilesError, match="does not carry MTP layers"):
         require_expressible(spec)
 
 

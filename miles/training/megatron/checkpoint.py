@@ -1,0 +1,108 @@
+"""A Megatron trainer on disk, in the native trainer's form: everything under published names.
+
+model/                  an HF checkpoint in the trained dtype
+optimizer/              exp_avg.safetensors, exp_avg_sq.safetensors; master.safetensors unless fp32 is trained
+trainer_state.json      step, updates, knobs in effect and as configured
+
+The files do not depend on the layout that wrote them, nor on the trainer: a run goes on from them on any.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from miles.arch import ArchSpec, load_spec, published_tensors
+from miles.errors import CheckpointError
+from miles.training.megatron.optimizer import MOMENTS, MasterAdam
+from miles.training.megatron.tensors import MegatronTensors, OfParameter
+from miles.training.native.checkpoint import MASTER, MODEL_DIR, OPTIMIZER_DIR, STATE_FILE, read_state
+from miles.training.native.state import TrainerState
+from miles.weights.hf import TORCH_DTYPES, read_hf, write_hf
+from miles.weights.native_map import without_spare_mtp
+from miles.weights.safetensors_io import read_tensors, stream_tensors
+
+
+def optimizer_state(optimizer: MasterAdam) -> dict[str, OfParameter]:
+    """Live fp32 tensors of a parameter by the name of their file."""
+
+    def moment(name: str) -> OfParameter:
+        return lambda parameter: optimizer.moment(parameter, name)
+
+    state: dict[str, OfParameter] = {name: moment(name) for name in MOMENTS}
+    if optimizer.dtype != torch.float32:
+        state[MASTER] = lambda parameter: optimizer.master(parameter)
+    return state
+
+
+def save_checkpoint(
+    directory: Path,
+    spec: ArchSpec,
+    tensors: MegatronTensors,
+    optimizer: MasterAdam,
+    state: TrainerState,
+    source_dir: Path | None,
+    *,
+    with_optimizer: bool,
+) -> None:
+    """Write into an existing directory. The first rank writes, the others give their shards; when writing
+    fails, it is the first that raises.
+    """
+    weights = tensors.published(optimizer.dtype)
+    streams = {
+        name: tensors.published(torch.float32, of)
+        for name, of in (optimizer_state(optimizer) if with_optimizer else {}).items()
+    }
+    with ExitStack() as stack:
+        # Whatever happens to this rank's disk, the others' gathers are answered: they would wait forever.
+        for stream in reversed([weights, *streams.values()]):
+            stack.callback(deque, stream, maxlen=0)
+        if dist.get_rank() != 0:
+            return
+        stored = next(name for name, dtype in TORCH_DTYPES.items() if dtype == optimizer.dtype)
+        write_hf(directory / MODEL_DIR, spec, weights, source_dir, stored)
+        if with_optimizer:
+            (directory / OPTIMIZER_DIR).mkdir()
+        forms = {name: (torch.Size(shape), torch.float32) for name, shape in published_tensors(spec).items()}
+        for name, stream in streams.items():
+            stream_tensors(directory / OPTIMIZER_DIR / f"{name}.safetensors", forms, stream)
+        (directory / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(
+    directory: Path, spec: ArchSpec, tensors: MegatronTensors, optimizer: MasterAdam
+) -> TrainerState:
+    """Fill model and optimizer from what any trainer's `save` wrote and return the state. Every rank reads
+    its own part of the files. Raises CheckpointError for a missing or damaged part.
+    """
+    state = read_state(directory / STATE_FILE)
+    model_dir, optimizer_dir = directory / MODEL_DIR, directory / OPTIMIZER_DIR
+    saved = load_spec(model_dir)
+    tensors.load(without_spare_mtp(saved, spec, read_hf(model_dir)), where=str(model_dir))
+    optimizer.reset_masters()
+    if not optimizer_dir.is_dir():
+        raise CheckpointError(
+            "the checkpoint holds no optimizer state",
+            where=str(optimizer_dir),
+            why="it was saved with checkpoint.no_save_optim",
+            fix="start a new run from its model directory instead of resuming",
+        )
+    for name, of in optimizer_state(optimizer).items():
+        path = optimizer_dir / f"{name}.safetensors"
+        tensors.load(without_spare_mtp(saved, spec, read_tensors(path)), where=str(path), of=_data(of))
+    optimizer.set_updates(state.updates)
+    return replace(state, draft_updates=None)
+
+
+def _data(of: OfParameter) -> OfParameter:
+    def detached(parameter: nn.Parameter) -> Tensor:
+        return of(parameter).detach()
+
+    return detached

@@ -1,0 +1,125 @@
+"""Megatron's optimizer over the chunks of this process: fp32 masters and moments, one global norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from miles.training.megatron.model import PolicyModel
+from miles.training.settings import OptimizerSettings
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def wrapped_for_training(
+    chunks: Sequence[PolicyModel], config: TransformerConfig
+) -> list[DistributedDataParallel]:
+    """Chunks whose gradients add up in fp32 buffers and are summed over data-parallel ranks."""
+    low_precision = config.params_dtype != torch.float32
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    return [
+        DistributedDataParallel(config, ddp, Float16Module(config, chunk) if low_precision else chunk)
+        for chunk in chunks
+    ]
+
+
+class MasterAdam:
+    """AdamW on fp32 masters. A master *is* the model's parameter where that is fp32 already."""
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        settings: OptimizerSettings,
+        dtype: torch.dtype,
+    ) -> None:
+        self._chunks, self.dtype = chunks, dtype
+        self._clip_grad, self._weight_decay = settings.clip_grad, settings.weight_decay
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+        )
+        self._optimizer = get_megatron_optimizer(
+            config, list(chunks), get_standard_config_overrides(config), use_gloo_process_groups=False
+        )
+        for optimizer, group in self._groups():
+            group["weight_decay"] = self._weight_decay * group["wd_mult"]
+            for master in group["params"]:
+                state = optimizer.optimizer.state[master]
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state.update({moment: torch.zeros_like(master.data) for moment in MOMENTS})
+        self._state = {
+            master: optimizer.optimizer.state[master]
+            for optimizer, group in self._groups()
+            for master in group["params"]
+        }
+
+    def begin(self) -> None:
+        """Clear the gradient buffers."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def global_norm(self) -> float:
+        """The 2-norm over all gradients of the model, once they are summed over the ranks."""
+        self._optimizer.prepare_grads()
+        return float(self._optimizer.get_grad_norm())
+
+    def apply(self, learning_rate: float, norm: float) -> None:
+        """Clip to `clip_grad` given the global norm, and update masters and model."""
+        for _, group in self._groups():
+            group["lr"] = learning_rate
+        if self._clip_grad > 0:
+            for optimizer in self._parts():
+                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._clip_grad, norm)
+        self._optimizer.step_with_ready_grads()
+
+    @staticmethod
+    def gradient(parameter: nn.Parameter) -> Tensor:
+        """The fp32 gradient of a parameter, summed over micro-batches and ranks."""
+        gradient: Tensor = parameter.main_grad
+        return gradient
+
+    @staticmethod
+    def master(parameter: nn.Parameter) -> nn.Parameter:
+        """The fp32 weights behind a parameter."""
+        master: nn.Parameter = getattr(parameter, "main_param", parameter)
+        return master
+
+    def moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+        """One of `MOMENTS` of a parameter, live."""
+        tensor: Tensor = self._state[self.master(parameter)][moment]
+        return tensor
+
+    def reset_masters(self) -> None:
+        """Take the model's weights as the masters', after weights were loaded into the model."""
+        self._optimizer.reload_model_params()
+
+    def set_updates(self, updates: int) -> None:
+        """Restore the count that bias correction reads."""
+        for state in self._state.values():
+            state["step"].fill_(updates)
+
+    def _parts(self) -> list[MegatronOptimizer]:
+        """Dense and expert parameters have an optimizer each, where their ranks differ."""
+        chained = isinstance(self._optimizer, ChainedOptimizer)
+        parts = self._optimizer.chained_optimizers if chained else [self._optimizer]
+        return [part for part in parts if not part.is_stub_optimizer]
+
+    def _groups(self) -> Iterator[tuple[MegatronOptimizer, dict[str, Any]]]:
+        return ((part, group) for part in self._parts() for group in part.param_groups)

@@ -1,0 +1,262 @@
+"""MegatronTrainer: the trainer protocol on megatron-core, in one process or cut over many.
+
+>>> trainer = MegatronTrainer(spec, settings, MegatronLayout(pp=2), parallel=parallel)
+>>> trainer.load_weights(read_hf(checkpoint))
+>>> result = trainer.train_step(batch)
+
+Every process makes the same calls with the same arguments, the whole rollout batch included. The results are
+those of the native trainer up to the order of floating-point sums.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miles.arch.spec import ArchSpec
+from miles.data.batch import TrainBatch
+from miles.errors import RunError
+from miles.models.decoder import Decoder
+from miles.training.knobs import Knobs
+from miles.training.megatron.groups import MegatronRanks, open_groups
+from miles.training.megatron.layout import MegatronLayout, require_expressible
+from miles.training.native.batch_checks import validate_batch
+from miles.training.native.measurements import DISPATCHED, PassMeasurements
+from miles.training.native.micro_batches import (
+    MicroBatch,
+    cut_micro_batches,
+    make_micro_batch,
+    trained_sequences,
+)
+from miles.training.native.probe import NO_REPLAY, probed_sequences
+from miles.training.native.process_group import DataParallel
+from miles.training.native.state import TrainerState
+from miles.training.native.update import Update
+from miles.training.rollout_trainer import RolloutTrainer
+from miles.training.settings import TrainerSettings
+from miles.training.trainer import LogProbs, ModelRole
+from miles.weights.native_map import to_published
+
+if TYPE_CHECKING:
+    from miles.training.megatron.passes import Chunks
+
+
+class MegatronTrainer(RolloutTrainer):
+    """Implements `training.trainer.Trainer`.
+
+    Args:
+        layout: how the model is cut over the ranks; what is left over is data-parallel.
+        device: where the model lives; with `parallel` it is that of the rank.
+        parallel: this process's place in the world of trainer processes; None trains alone.
+        dtype: fp32 or bf16; optimizer state is fp32 in any case.
+        source_dir: the HF checkpoint whose config.json and tokenizer go along with saved weights.
+    """
+
+    def __init__(
+        self,
+        spec: ArchSpec,
+        settings: TrainerSettings,
+        layout: MegatronLayout | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        source_dir: Path | None = None,
+        parallel: DataParallel | None = None,
+    ) -> None:
+        settings.validate()
+        require_expressible(spec)
+        self.spec, self.settings, self.dtype, self.source_dir = spec, settings, dtype, source_dir
+        self.layout = layout or MegatronLayout()
+        self.device = torch.device(device) if parallel is None else parallel.device
+        open_groups(self.layout, spec.num_layers)
+        # Only now: what imports megatron-core must find it fit for this machine.
+        from miles.training.megatron.chunks import built, training_chunks
+        from miles.training.megatron.optimizer import MasterAdam
+        from miles.training.megatron.tensors import MegatronTensors
+
+        self.ranks = MegatronRanks()
+        with warnings.catch_warnings():
+            # megatron-core deprecates arguments of its own calls.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._chunks = training_chunks(spec, self.layout, settings, dtype, self.device)
+            self._build_reference = lambda: built(spec.policy, self.layout, settings, dtype, self.device)
+        self.tensors = MegatronTensors(spec, self._chunks.bare, self.device)
+        self.optimizer = MasterAdam(self._chunks.wrapped, settings.optimizer, dtype)
+        self._reference: Chunks | None = None
+        knobs = Knobs.from_settings(settings)
+        self.state = TrainerState(knobs=knobs, configured=knobs)
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], model: ModelRole = "policy") -> None:
+        """Fill the policy or the reference from tensors under published names, in any dtype."""
+        if model == "policy":
+            self.tensors.load(tensors, where="weights")
+            self.optimizer.reset_masters()
+            return
+        from miles.training.megatron.tensors import MegatronTensors
+
+        if self._reference is None:
+            self._reference = self._build_reference()
+        MegatronTensors(self.spec.policy, self._reference.bare, self.device).load(
+            tensors, where="reference weights"
+        )
+
+    def init_weights(self, seed: int) -> None:
+        """Random weights, those of the native trainer, the same for any layout."""
+        source = Decoder(self.spec, dtype=self.dtype)
+        source.init_weights(torch.Generator().manual_seed(seed))
+        self.load_weights(to_published(source))
+
+    def named_weights(self, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Detached weights in the trained dtype under published names.
+
+        On several ranks they are gathered in buckets: every rank has to iterate to the end, and only the
+        first is given tensors, or all of them with `everywhere`.
+        """
+        return self.tensors.published(self.dtype, everywhere=everywhere)
+
+    def log_probs(self, batch: TrainBatch, model: ModelRole = "policy") -> LogProbs:
+        """Log-probs (and entropy, when the settings ask for it) of the trained rows.
+
+        The policy replays the batch's routes; the reference decides for itself, since the routes are not its
+        own.
+        """
+        from miles.training.megatron.passes import Pass, PassSettings
+
+        validate_batch(batch, self.spec)
+        self.ranks.require_same_input(batch, self.state)
+        algorithm = self.settings.algorithm
+        replay = self.settings.replay_routes and model == "policy"
+        settings = PassSettings(
+            replay=replay,
+            measure=True,
+            temperature=algorithm.temperature,
+            with_entropy=algorithm.needs_entropy,
+            chunk_tokens=self.settings.log_probs_chunk_size,
+        )
+        micro_batches = self._cut(batch, trained_sequences(batch))
+        outputs = Pass(self._model(model), settings, None).run(micro_batches)
+        measurements = PassMeasurements(self.spec)
+        log_probs = np.zeros(batch.num_tokens, dtype=np.float32)
+        entropy = log_probs.copy() if algorithm.needs_entropy else None
+        for micro_batch, output in zip(micro_batches, outputs, strict=True):
+            if micro_batch.padding:
+                continue
+            rows = micro_batch.trained_rows
+            log_probs[rows] = output.log_probs_R.cpu().numpy()
+            if entropy is not None and output.entropy_R is not None:
+                entropy[rows] = output.entropy_R.cpu().numpy()
+            measurements.add_routing(micro_batch, output.router, replay)
+            if model == "policy":
+                measurements.add_log_probs(micro_batch, output, batch.newest_rollout_log_probs)
+        log_probs = self._over_ranks(log_probs, batch)
+        entropy = None if entropy is None else self._over_ranks(entropy, batch)
+        metrics = self._pass_metrics(measurements.over(self.ranks), model, log_probs)
+        return LogProbs(log_probs, entropy, replay and batch.routes is not None, metrics)
+
+    def save(self, directory: Path, *, optimizer: bool = True) -> None:
+        """Write weights, optimizer moments, counters and knobs into an existing directory.
+
+        The first rank writes, and is the one that raises when the disk refuses. What was written can be
+        loaded in any layout, and by the native trainer.
+        """
+        from miles.training.megatron.checkpoint import save_checkpoint
+
+        save_checkpoint(
+            directory,
+            self.spec,
+            self.tensors,
+            self.optimizer,
+            self.state,
+            self.source_dir,
+            with_optimizer=optimizer,
+        )
+
+    def load(self, directory: Path) -> None:
+        """Restore what any trainer's `save` wrote, but for knobs that the configuration has changed since."""
+        from miles.training.megatron.checkpoint import load_checkpoint
+
+        state = load_checkpoint(directory, self.spec, self.tensors, self.optimizer)
+        self.state = state.under(Knobs.from_settings(self.settings))
+
+    def _update(self, batch: TrainBatch, measurements: PassMeasurements | None) -> Update:
+        from miles.training.megatron.update import MegatronStep
+
+        step = MegatronStep(
+            chunks=self._chunks,
+            tensors=self.tensors,
+            optimizer=self.optimizer,
+            settings=self.settings,
+            state=self.state,
+            ranks=self.ranks,
+            cut=self._cut,
+            measurements=measurements,
+        )
+        update, state = step.run(batch), self.state
+        self.state = replace(state, step=state.step + 1, updates=state.updates + update.applied)
+        return update
+
+    def _before_updates(self, batch: TrainBatch) -> dict[str, float]:
+        """The gap without routing replay, measured on the same sequences by every data-parallel rank."""
+        from miles.training.megatron.passes import Pass, PassSettings
+
+        probed = probed_sequences(batch, self.settings)
+        if probed is None:
+            return {}
+        micro_batch = make_micro_batch(batch, probed, self.device, self._shares_prompts)
+        if micro_batch.num_trained == 0:
+            return {}
+        settings = PassSettings(
+            replay=False,
+            measure=True,
+            temperature=self.settings.algorithm.temperature,
+            with_entropy=False,
+            chunk_tokens=self.settings.log_probs_chunk_size,
+        )
+        (output,) = Pass(self._chunks, settings, None).run([micro_batch])
+        measurements = PassMeasurements(self.spec)
+        measurements.add_log_probs(micro_batch, output, batch.newest_rollout_log_probs)
+        measurements.add_routing(micro_batch, output.router, replay=False)
+        return measurements.gap_metrics(NO_REPLAY) | measurements.agreement_metrics(NO_REPLAY)
+
+    def _pass_metrics(
+        self, measurements: PassMeasurements, model: ModelRole, log_probs_T: np.ndarray
+    ) -> dict[str, float]:
+        if model == "policy":
+            return measurements.metrics()
+        metrics = {"rollout/ref_log_probs": float(np.nanmean(log_probs_T))}
+        agreement = measurements.agreement_metrics()
+        if DISPATCHED in agreement:
+            metrics["route/ref_dispatched_flip_frac"] = agreement[DISPATCHED]
+        return metrics
+
+    def _cut(self, batch: TrainBatch, indices_N: np.ndarray) -> list[MicroBatch]:
+        return cut_micro_batches(
+            batch, indices_N, self.settings, self.device, self.ranks, self._shares_prompts
+        )
+
+    @property
+    def _shares_prompts(self) -> bool:
+        """Rows that sequence parallelism pads, and Transformer Engine's attention, take whole sequences."""
+        return self.layout.implementation == "local" and not self.layout.sequence_parallel
+
+    def _model(self, model: ModelRole) -> Chunks:
+        if model == "policy":
+            return self._chunks
+        if self._reference is None:
+            raise RunError(
+                "the loss needs a reference model, and none was loaded",
+                fix="set model.ref_load, or switch the KL term off",
+            )
+        return self._reference
+
+    def _over_ranks(self, own_T: np.ndarray, batch: TrainBatch) -> np.ndarray:
+        """Row values of all ranks in place of this one's, which are 0 elsewhere; NaN on untrained rows."""
+        values_T = self.ranks.sum(torch.from_numpy(own_T)).numpy()
+        values_T[batch.loss_mask == 0] = np.nan
+        return values_T

@@ -1,0 +1,135 @@
+"""What every trainer does with a rollout batch, whatever library its model is made of."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from miles.arch.spec import ArchSpec
+from miles.data.batch import TrainBatch
+from miles.training.batch_advantages import with_advantages
+from miles.training.native.batch_checks import require_rollout_log_probs, validate_batch
+from miles.training.native.measurements import PassMeasurements
+from miles.training.native.micro_batches import split_optimizer_steps
+from miles.training.native.ranks import Ranks
+from miles.training.native.state import TrainerState
+from miles.training.native.update import Update
+from miles.training.settings import TrainerSettings
+from miles.training.trainer import LogProbs, ModelRole, TrainResult
+
+
+class RolloutTrainer(ABC):
+    """Fills in what the loss needs, cuts the batch into optimizer steps and sums up what they report."""
+
+    spec: ArchSpec
+    settings: TrainerSettings
+    state: TrainerState
+    ranks: Ranks
+
+    @abstractmethod
+    def log_probs(self, batch: TrainBatch, model: ModelRole = "policy") -> LogProbs:
+        """See `training.trainer.Trainer`."""
+
+    @abstractmethod
+    def _update(self, batch: TrainBatch, measurements: PassMeasurements | None) -> Update:
+        """One optimizer step on all of `batch`, after which the state counts it."""
+
+    @abstractmethod
+    def _before_updates(self, batch: TrainBatch) -> dict[str, float]:
+        """Metrics of the weights that the engine sampled with, such as the gap without routing replay."""
+
+    def _after_updates(self) -> dict[str, float]:
+        """Metrics that were collected since."""
+        return {}
+
+    def _take_events(self) -> tuple[dict[str, Any], ...]:
+        """What was found since the last step, beyond the updates' own events."""
+        return ()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far, skipped ones included."""
+        return self.state.step
+
+    def train_step(self, batch: TrainBatch) -> TrainResult:
+        """Train on one rollout batch, in `num_steps_per_rollout` optimizer steps.
+
+        Old and reference log-probs and advantages are taken from the batch where it carries them, and
+        computed where the loss needs them. With one optimizer step per rollout the old log-probs are those
+        of the training forward itself.
+        """
+        validate_batch(batch, self.spec)
+        self.ranks.require_same_input(batch, self.state)
+        if self.settings.algorithm.use_rollout_logprobs or self.state.knobs.corrects_importance:
+            require_rollout_log_probs(batch)
+        metrics = self._before_updates(batch)
+        batch, prepared = self._prepare(batch)
+        metrics |= prepared
+        measurements = None if "rollout/log_probs" in prepared else PassMeasurements(self.spec)
+        updates: list[Update] = []
+        stop = False
+        for part in split_optimizer_steps(batch, self.settings.num_steps_per_rollout):
+            updates.append(self._update(part, None if updates else measurements))
+            stop = bool(updates[-1].events) and self.settings.non_finite_policy == "stop"
+            if stop:
+                break
+        if measurements is not None:
+            metrics |= measurements.over(self.ranks).metrics()
+        metrics |= self._after_updates()
+        return _summarize(metrics, updates, stop, self._take_events())
+
+    def set(self, knob: str, value: float) -> None:
+        """Change a live knob (see `training.knobs`) from the next step on."""
+        self.state = replace(self.state, knobs=self.state.knobs.changed(knob, value, self.settings))
+
+    def knobs(self) -> dict[str, float]:
+        """The knobs in effect."""
+        return self.state.knobs.as_dict()
+
+    def _prepare(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
+        """Fill in what the loss needs and the batch lacks."""
+        algorithm = self.settings.algorithm
+        metrics: dict[str, float] = {}
+        if algorithm.loss_type == "sft_loss":
+            return batch, metrics
+        if batch.old_log_probs is None and self.settings.needs_old_log_probs_pass:
+            batch, more = self._with_log_probs(batch, "policy", "old_log_probs")
+            metrics |= more
+        if batch.ref_log_probs is None and algorithm.needs_reference:
+            batch, more = self._with_log_probs(batch, "reference", "ref_log_probs")
+            metrics |= more
+        if batch.advantages is None:
+            batch, more = with_advantages(batch, algorithm)
+            metrics |= more
+        return batch, metrics
+
+    def _with_log_probs(
+        self, batch: TrainBatch, model: ModelRole, name: str
+    ) -> tuple[TrainBatch, dict[str, float]]:
+        started = time.perf_counter()
+        result = self.log_probs(batch, model)
+        timer = "perf/log_probs_time" if model == "policy" else "perf/ref_log_probs_time"
+        metrics = result.metrics | {timer: time.perf_counter() - started}
+        return batch.with_rows(**{name: result.log_probs}), metrics
+
+
+def _summarize(
+    metrics: dict[str, float], updates: list[Update], stop: bool, events: tuple[dict[str, Any], ...]
+) -> TrainResult:
+    """Means over the optimizer steps of what every one of them reported, next to what was measured once."""
+    steps = tuple(update.metrics for update in updates)
+    means = {
+        name: float(np.mean([step[name] for step in steps]))
+        for name in steps[0]
+        if all(name in step for step in steps)
+    }
+    return TrainResult(
+        metrics=metrics | means,
+        optimizer_steps=steps,
+        events=(*events, *(event for update in updates for event in update.events)),
+        stop=stop,
+    )

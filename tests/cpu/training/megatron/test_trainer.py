@@ -1,0 +1,191 @@
+"""The Megatron trainer does what the native one does: same metrics, same weights, same routes, same files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from miles.algorithms.losses import PolicyLossSettings
+from miles.arch import ArchSpec
+from miles.data.batch import TrainBatch
+from miles.training.megatron.trainer import MegatronTrainer
+from miles.training.native.trainer import NativeTrainer
+from miles.training.settings import (
+    AlgorithmSettings,
+    FaultInjection,
+    OptimizerSettings,
+    TrainerSettings,
+)
+
+Batches = Callable[..., TrainBatch]
+SETTINGS = TrainerSettings(optimizer=OptimizerSettings(lr=1e-2), max_tokens_per_micro_batch=40)
+CASES = {
+    "one step, dynamic batches": SETTINGS,
+    "two steps per rollout": replace(SETTINGS, num_steps_per_rollout=2),
+    "every layer recomputed": replace(SETTINGS, recompute_num_layers=3),
+    "attention and experts recomputed": replace(SETTINGS, recompute_modules=frozenset({"core_attn", "moe"})),
+    "entropy, no replay, one sequence at a time": replace(
+        SETTINGS,
+        max_tokens_per_micro_batch=None,
+        micro_batch_size=1,
+        replay_routes=False,
+        algorithm=AlgorithmSettings(policy=PolicyLossSettings(entropy_coef=0.01), temperature=0.7),
+    ),
+    "reference": replace(
+        SETTINGS,
+        algorithm=AlgorithmSettings(use_kl_loss=True, policy=PolicyLossSettings(kl_loss_coef=0.1)),
+    ),
+}
+
+
+def pair(spec: ArchSpec, settings: TrainerSettings, **more) -> tuple[NativeTrainer, MegatronTrainer]:
+    trainers = NativeTrainer(spec, settings, **more), MegatronTrainer(spec, settings, **more)
+    for trainer in trainers:
+        trainer.init_weights(0)
+        if settings.algorithm.needs_reference:
+            other = NativeTrainer(spec, settings)
+            other.init_weights(1)
+            trainer.load_weights(other.named_weights(), "reference")
+    return trainers
+
+
+def assert_same_metrics(ours: dict[str, float], theirs: dict[str, float]) -> None:
+    measured = {name for name in ours | theirs if not name.startswith("perf/")}
+    assert measured <= ours.keys() & theirs.keys()
+    for name in measured:
+        scale = 1e-3 if name == "train/grad_norm" else 1e-4
+        assert ours[name] == pytest.approx(theirs[name], rel=scale, abs=1e-4), name
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
+def test_three_steps_equal_the_native_trainers(
+    settings: TrainerSettings, spec: ArchSpec, make_batch: Batches
+) -> None:
+    native, megatron = pair(spec, settings)
+    for seed in range(3):
+        batch = make_batch(spec, seed=seed, noise=0.3, one_prompt_per_group=True)
+        assert_same_metrics(megatron.train_step(batch).metrics, native.train_step(batch).metrics)
+    assert megatron.step == native.step
+    expected = dict(native.named_weights())
+    for name, tensor in megatron.named_weights():
+        # Adam turns rounding of gradients near 0 into steps of up to the learning rate.
+        assert (tensor - expected[name]).abs().mean() <= 1e-5, name
+
+
+def test_a_dense_model(dense_spec: ArchSpec, make_batch: Batches) -> None:
+    native, megatron = pair(dense_spec, SETTINGS)
+    batch = make_batch(dense_spec)
+    assert_same_metrics(megatron.train_step(batch).metrics, native.train_step(batch).metrics)
+
+
+def test_bf16_trains_on_fp32_masters(spec: ArchSpec, make_batch: Batches) -> None:
+    native, megatron = pair(spec, SETTINGS, dtype=torch.bfloat16)
+    batch = make_batch(spec)
+    ours, theirs = (trainer.train_step(batch).metrics for trainer in (megatron, native))
+    assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=0.03)
+    expected = dict(native.named_weights())
+    for name, tensor in megatron.named_weights():
+        assert tensor.dtype == torch.bfloat16
+        assert (tensor - expected[name]).abs().float().mean() <= 2e-3, name
+
+
+def dispatched(trainer: MegatronTrainer, batch: TrainBatch) -> np.ndarray:
+    """The experts that every row was really sent to, int16 [T, L, k], ascending: seen at the dispatchers."""
+    seen: dict[int, list[torch.Tensor]] = {}
+    (chunk,) = trainer._chunks.bare
+    handles = []
+    for column, layer in enumerate(chunk.routes.layers):
+        dispatcher = layer.mlp.token_dispatcher
+        original = dispatcher.dispatch_preprocess
+
+        def spy(hidden, routing_map, probs, column=column, original=original):
+            seen.setdefault(column, []).append(routing_map.clone())
+            return original(hidden, routing_map, probs)
+
+        dispatcher.dispatch_preprocess = spy
+        handles.append((dispatcher, original))
+    trainer.log_probs(batch)
+    for dispatcher, original in handles:
+        dispatcher.dispatch_preprocess = original
+    maps = torch.stack([torch.cat(seen[column]) for column in sorted(seen)], 1)
+    top_k = trainer.spec.top_k
+    return maps.int().topk(top_k, dim=-1).indices.sort(-1).values.to(torch.int16).numpy()
+
+
+def test_the_engines_experts_reach_the_dispatchers(spec: ArchSpec, make_batch: Batches) -> None:
+    """R3: what is dispatched is what the engine recorded, and shifted by one row it is not."""
+    settings = replace(SETTINGS, max_tokens_per_micro_batch=None)  # one micro-batch, rows in order
+    trainer = MegatronTrainer(spec, settings)
+    trainer.init_weights(0)
+    batch = make_batch(spec, noise=2.0)
+    assert batch.routes is not None
+    recorded = np.sort(batch.routes, -1)
+    used = dispatched(trainer, batch)
+    assert (used == recorded).all()
+    shifted = batch.with_rows(routes=np.roll(batch.routes, 1, axis=0))
+    assert not (dispatched(trainer, shifted) == recorded).all()
+    metrics = trainer.train_step(batch).metrics
+    assert metrics["route/dispatched_flip_frac"] == 0 and metrics["route/flip_frac"] > 0.1
+
+    without = MegatronTrainer(spec, replace(settings, replay_routes=False))
+    without.init_weights(0)
+    assert without.train_step(batch).metrics["route/dispatched_flip_frac"] > 0.1
+
+
+def test_rows_without_a_recorded_route_decide(spec: ArchSpec, make_batch: Batches) -> None:
+    settings = replace(SETTINGS, max_tokens_per_micro_batch=None)
+    trainer = MegatronTrainer(spec, settings)
+    trainer.init_weights(0)
+    batch = make_batch(spec, noise=2.0)
+    assert batch.routes is not None
+    gaps = batch.routes.copy()
+    gaps[::3] = -1
+    free = dispatched(trainer, replace(batch, routes=None))
+    used = dispatched(trainer, batch.with_rows(routes=gaps))
+    kept = np.arange(batch.num_tokens) % 3 != 0
+    assert (used[kept] == np.sort(batch.routes, -1)[kept]).all()
+    assert (used[~kept][:1] == free[~kept][:1]).all()  # later rows attend to rows routed otherwise
+
+
+def test_a_run_goes_on_bit_for_bit_and_on_the_other_trainer(
+    spec: ArchSpec, make_batch: Batches, tmp_path: Path
+) -> None:
+    first, second = make_batch(spec, seed=0), make_batch(spec, seed=1)
+    whole = pair(spec, SETTINGS)[1]
+    whole.train_step(first)
+    whole.save(tmp_path)
+    whole.train_step(second)
+
+    again = MegatronTrainer(spec, SETTINGS)
+    again.load(tmp_path)
+    again.train_step(second)
+    expected = dict(whole.named_weights())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.named_weights())
+
+    other = NativeTrainer(spec, SETTINGS)
+    other.load(tmp_path)
+    assert other.step == 1
+    other.train_step(second)
+    for name, tensor in other.named_weights():
+        assert (tensor - expected[name]).abs().mean() <= 1e-5, name
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_and_names_the_tensor(
+    spec: ArchSpec, make_batch: Batches
+) -> None:
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    settings = replace(SETTINGS, fault=FaultInjection("nan_grad", 0, name))
+    trainer = MegatronTrainer(spec, settings)
+    trainer.init_weights(0)
+    before = {key: tensor.clone() for key, tensor in trainer.named_weights()}
+    result = trainer.train_step(make_batch(spec))
+    (event,) = result.events
+    assert (event["what"], event["tensor"], event["count"]) == ("gradient", name, 1)
+    assert result.metrics["train/step_skipped"] == 1
+    assert all(torch.equal(tensor, before[key]) for key, tensor in trainer.named_weights())
+    assert trainer.train_step(make_batch(spec, seed=1)).metrics["train/step_skipped"] == 0
