@@ -10,6 +10,7 @@ from miles.arch import ArchSpec
 from miles.orchestration import assemble, engine_faults, workers
 from miles.orchestration.driver import Driver
 from miles.orchestration.engine_faults import Receiver
+from miles.orchestration.engine_gauges import GaugedWeights
 from miles.orchestration.observer import Observer
 from miles.orchestration.rewarding import inline_score
 from miles.orchestration.run_model import run_model
@@ -72,7 +73,8 @@ async def _engine(
         crew = SglangCrew(job, spec, record, observer)
         async with crew.serving(local_weights(job, spec, trainer)):
             equal = job.resolved.config.debug.check_weight_update_equal
-            yield crew.pool, EqualWeights(crew.sync, crew.checksums, record) if equal else crew.sync, crew
+            sync: WeightSync = GaugedWeights(crew.sync, crew.pool, record)
+            yield crew.pool, EqualWeights(sync, crew.checksums, record) if equal else sync, crew
         return
     engine = workers.build_engine(job, spec)
     workers.watch_gap(job, trainer.trainer, engine)

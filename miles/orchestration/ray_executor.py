@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from miles.data.sample import Sample
 from miles.orchestration import assemble, workers
 from miles.orchestration.driver import Driver
+from miles.orchestration.engine_gauges import GaugedWeights
 from miles.orchestration.engine_pool import EnginePool, RemoteEngine
 from miles.orchestration.job import Job
 from miles.orchestration.observer import Observer
@@ -22,7 +23,7 @@ from miles.orchestration.run_model import run_model
 from miles.orchestration.seats import Seat, call
 from miles.orchestration.supervisor import Supervisor
 from miles.orchestration.trainer_ranks import TrainerRanks
-from miles.orchestration.weight_sync import PacketWeights
+from miles.orchestration.weight_sync import PacketWeights, WeightSync
 from miles.planning.workers import WorkersPlan
 from miles.record import RecordWriter
 from miles.rollout.collect import Score
@@ -91,7 +92,9 @@ class _Crew:
         rollout = workers.build_sampling(
             job, spec, tokenizer, pool, self._score(turns, False), self._score(turns, True)
         )
-        driver = await workers.build_driver(job, rollout, trainer, self._sync, record, supervisor, observer)
+        served = job.plan.engine == "sglang"
+        sync: WeightSync = GaugedWeights(self._sync, pool, record) if served else self._sync
+        driver = await workers.build_driver(job, rollout, trainer, sync, record, supervisor, observer)
         self._watch(pool)
         return driver
 

@@ -48,13 +48,13 @@ pytestmark = pytest.mark.scale
 
 REPOSITORY = Path(__file__).parents[2]
 PYTHON = REPOSITORY / ENVIRONMENT / "bin" / "python"
-CONTEXT = 96
+CONTEXT = 192
 T = TypeVar("T")
 
 
 def settle(scenario: Awaitable[T]) -> T:
     async def bounded() -> T:
-        return await asyncio.wait_for(scenario, 300)
+        return await asyncio.wait_for(scenario, 900)
 
     return asyncio.run(bounded())
 
@@ -86,7 +86,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     log = tmp_path_factory.mktemp("server") / "server.log"
     started = ServerProcess(ServerOptions(python=PYTHON, args=args, log=log))
     try:
-        settle(started.wait_ready(280))
+        settle(started.wait_ready(600))
         yield started
     finally:
         started.kill()
@@ -102,10 +102,18 @@ def requests(count: int, new: int = 24) -> list[GenerateRequest]:
     rng = np.random.default_rng(0)
     return [
         GenerateRequest(
-            input_ids=rng.integers(3, 55, size=10 + i % 5).tolist(), sampling=sampling, sample_key=i, group=i
+            input_ids=rng.integers(3, 55, size=40 + i % 5).tolist(), sampling=sampling, sample_key=i, group=i
         )
         for i in range(count)
     ]
+
+
+async def decoding(engine: SglangEngine) -> None:
+    """Return when requests run in the server."""
+    running = 0
+    while not running:
+        loads = (await engine.http.get("/v1/loads")).json()["loads"]
+        running = sum(load["num_running_reqs"] for load in loads)
 
 
 def moved(checkpoint: Path, seed: int) -> list[tuple[str, torch.Tensor]]:
@@ -207,13 +215,12 @@ def test_weights_that_change_in_the_middle_of_a_response_are_named(
 ) -> None:
     async def scenario() -> None:
         await engine.receive_weights(moved(checkpoint, seed=4), version=1)
-        answer = asyncio.create_task(engine.generate(requests(8, new=80)))
-        while not (await engine.control.gauges()).get("num_running_reqs"):
-            await asyncio.sleep(0.01)
+        answer = asyncio.create_task(engine.generate(requests(8, new=140)))
+        await decoding(engine)
         await engine.receive_weights(moved(checkpoint, seed=5), version=2)
         for output in await answer:
             versions = [version for version, _ in output.weight_versions]
-            assert versions == [1, 2] and len(output.output_ids) == 80
+            assert versions == [1, 2] and len(output.output_ids) == 140
             assert output.routed_experts is not None and (output.routed_experts >= 0).all()
 
     settle(scenario())
@@ -222,12 +229,12 @@ def test_weights_that_change_in_the_middle_of_a_response_are_named(
 def test_an_abort_keeps_what_was_sampled(engine: SglangEngine, checkpoint: Path) -> None:
     async def scenario() -> None:
         await engine.receive_weights(moved(checkpoint, seed=4), version=1)
-        answer = asyncio.create_task(engine.generate(requests(8, new=80)))
-        await asyncio.sleep(0.5)
+        answer = asyncio.create_task(engine.generate(requests(8, new=140)))
+        await decoding(engine)
         assert await engine.abort({0}) == 8
         outputs = await answer
         assert {output.finish_reason for output in outputs} == {"abort"}
-        assert all(len(output.output_ids) == len(output.log_probs) < 80 for output in outputs)
+        assert all(len(output.output_ids) == len(output.log_probs) < 140 for output in outputs)
 
     settle(scenario())
 

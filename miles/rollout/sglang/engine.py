@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from miles.arch.spec import ArchSpec
 from miles.errors import RunError
 from miles.rollout.engine import EngineHealth, GenerateOutput, GenerateRequest, RequestRefused
+from miles.rollout.sglang.continuation import joined, rest_of
 from miles.rollout.sglang.contract import BrokenContract, RouteShape, group_body, read_answer
 from miles.rollout.sglang.control import Control, PauseMode, UpdateFailed
 from miles.rollout.sglang.http import ConnectionLost, HttpClient
@@ -35,7 +37,8 @@ class SglangSettings:
         return_routed_experts: ask for routes where a request does; the server was started for it.
         tensor_parallel_size: GPUs of the server, each of which is sent the weights.
         bucket_bytes: most bytes of weights in one request.
-        pause_mode: what becomes of running requests while weights change.
+        pause_mode: what becomes of running requests when weights change: they end ("abort"), go on with a
+            cache computed anew ("retract"), or with the one they have ("in_place").
     """
 
     max_context_len: int
@@ -43,6 +46,22 @@ class SglangSettings:
     tensor_parallel_size: int = 1
     bucket_bytes: int = BUCKET_BYTES
     pause_mode: PauseMode = "retract"
+
+
+@dataclass(eq=False)
+class _Call:
+    """One `generate` in flight. `answered`: no HTTP request of it is open."""
+
+    name: str
+    group: int | None
+    count: int
+    parts: int = 0
+    cut_off: bool = False
+    aborted: bool = False
+    answered: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.answered.set()
 
 
 class SglangEngine:
@@ -58,33 +77,54 @@ class SglangEngine:
         self._vocab_size, self._tied = spec.vocab_size, spec.tie_word_embeddings
         self._routes = RouteShape.of(spec) if settings.return_routed_experts else None
         self._numbers = itertools.count()
-        self._running: dict[str, tuple[int | None, int]] = {}
-        """Calls in flight by their name: group and number of requests."""
+        self._running: dict[str, _Call] = {}
+        self._steady = asyncio.Event()
+        """Set while weights do not change."""
+        self._steady.set()
         self._version: int | None = None
         self._broken = ""
         self._paused = False
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateOutput]:
-        """Answer all requests, in their order; see the protocol.
+        """Answer all requests, in their order; see the protocol. What new weights cut off goes on under them.
 
         Raises: BrokenContract when the server leaves out what was asked for.
         """
-        if self._broken:
-            raise RunError("the SGLang engine cannot generate", where=self.http.url, why=self._broken)
         for request in requests:
             self._refuse_unfit(request)
         if not requests:
             return []
         # The hyphen ends the name: call-1- is no prefix of call-12-.
-        call = f"call-{next(self._numbers)}-"
-        rids = [f"{call}{i}-" for i in range(len(requests))]
-        self._running[call] = (requests[0].group, len(requests))
+        call = _Call(f"call-{next(self._numbers)}-", requests[0].group, len(requests))
+        self._running[call.name] = call
         try:
-            response = await self.http.post(
-                "/generate", group_body(requests, rids, routes=self._routes is not None)
-            )
+            outputs = await self._ask(call, requests)
+            while call.cut_off and not call.aborted:
+                call.cut_off = False
+                cut = [i for i, output in enumerate(outputs) if output.finish_reason == "abort"]
+                rest = await self._ask(call, [rest_of(requests[i], outputs[i]) for i in cut])
+                for i, newer in zip(cut, rest, strict=True):
+                    outputs[i] = joined(outputs[i], newer)
+            return outputs
         finally:
-            del self._running[call]
+            del self._running[call.name]
+
+    async def _ask(self, call: _Call, requests: Sequence[GenerateRequest]) -> list[GenerateOutput]:
+        """One HTTP request, between two updates of the weights."""
+        while not self._steady.is_set():
+            await self._steady.wait()
+        if self._broken:
+            raise RunError("the SGLang engine cannot generate", where=self.http.url, why=self._broken)
+        if not requests:
+            return []
+        call.parts += 1
+        rids = [f"{call.name}{call.parts}-{i}-" for i in range(len(requests))]
+        call.answered.clear()
+        try:
+            body = group_body(requests, rids, routes=self._routes is not None)
+            response = await self.http.post("/generate", body)
+        finally:
+            call.answered.set()
         if response.status in BAD_REQUEST:
             raise RequestRefused("the SGLang server refused a request", self.http.url, response.complaint())
         if not response.ok:
@@ -105,12 +145,11 @@ class SglangEngine:
 
     async def abort(self, groups: Collection[int] | None = None) -> int:
         """End the requests of these groups (None: all) with what they have; returns how many."""
-        chosen = {
-            call: count for call, (group, count) in self._running.items() if groups is None or group in groups
-        }
+        chosen = [call for call in self._running.values() if groups is None or call.group in groups]
         for call in chosen:
-            await self.control.abort(call)
-        return sum(chosen.values())
+            call.aborted = True
+            await self.control.abort(call.name)
+        return sum(call.count for call in chosen)
 
     async def pause(self) -> None:
         """Stop between two steps; requests in flight keep their cache."""
@@ -131,26 +170,46 @@ class SglangEngine:
 
         When that fails the engine serves nothing until weights arrive whole. Raises: UpdateFailed.
         """
-        bucket, flush = self.settings.bucket_bytes, self.settings.pause_mode != "in_place"
-        sent = with_tied_head(weights) if self._tied else weights
-        await self._update(version, lambda: self.control.update_from_tensors(sent, version, bucket, flush))
+        bucket, sent = self.settings.bucket_bytes, with_tied_head(weights) if self._tied else weights
+        await self._update(
+            version, lambda: self.control.update_from_tensors(sent, version, bucket, self._forgets)
+        )
 
     async def receive_checkpoint(self, checkpoint: Path, version: int) -> None:
         """Let the server read its weights from a directory. Raises: UpdateFailed."""
-        flush = self.settings.pause_mode != "in_place"
-        await self._update(version, lambda: self.control.update_from_disk(checkpoint, version, flush))
+        await self._update(version, lambda: self.control.update_from_disk(checkpoint, version, self._forgets))
+
+    @property
+    def _forgets(self) -> bool:
+        """Whether the keys and values of older weights are thrown away."""
+        return self.settings.pause_mode != "in_place"
 
     async def _update(self, version: int, transfer: Callable[[], Awaitable[object]]) -> None:
         self._broken = f"receiving weight version {version} failed half way"
-        await self.control.pause(self.settings.pause_mode)
-        await transfer()
-        told = await self.control.weight_version()
-        if told != version:
-            raise UpdateFailed(
-                f"the server says it has weight version {told}", self.http.url, f"{version} was sent"
-            )
-        await self.control.resume()
-        self._version, self._broken = version, ""
+        self._steady.clear()
+        try:
+            await self._stop_decoding()
+            await transfer()
+            told = await self.control.weight_version()
+            if told != version:
+                what = f"the server says it has weight version {told}"
+                raise UpdateFailed(what, self.http.url, f"{version} was sent")
+            await self.control.resume()
+            self._version, self._broken = version, ""
+        finally:
+            self._steady.set()
+
+    async def _stop_decoding(self) -> None:
+        """Pause. Running requests stay as they are ("in_place"), or end: for good, or to go on afterwards."""
+        asked = [call for call in self._running.values() if not call.answered.is_set()]
+        if self.settings.pause_mode == "in_place":
+            await self.control.pause("in_place")
+            return
+        for call in asked:
+            call.cut_off = self.settings.pause_mode == "retract"
+        await self.control.pause("abort")
+        # A server forgets its cache only when nothing is left in it.
+        await asyncio.gather(*(call.answered.wait() for call in asked))
 
     def health(self) -> EngineHealth:
         """What this client knows; `check` asks the server."""
@@ -158,7 +217,7 @@ class SglangEngine:
             ok=not self._broken,
             reason=self._broken,
             weight_version=self._version,
-            running=sum(count for _, count in self._running.values()),
+            running=sum(call.count for call in self._running.values()),
             waiting=0,
             paused=self._paused,
         )

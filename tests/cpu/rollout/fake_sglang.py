@@ -33,6 +33,8 @@ class FakeSglang:
         self.paused = False
         self.overrides: dict[str, Answer] = {}
         self.drop_fields: set[str] = set()
+        self.cut_after: int | None = None
+        """Tokens of every response that an abort or a pause then cuts off."""
         self.hang_up_on: set[str] = set()
         self.generating = asyncio.Event()
         self.finish = asyncio.Event()
@@ -87,8 +89,10 @@ class FakeSglang:
         page = '# HELP x\nsglang:num_running_reqs{tp="0"} 2.0\nsglang:num_running_reqs{tp="1"} 1.0\nother 5\n'
         return 200, (page + 'sglang:latency_bucket{le="1"} 7\n').encode()
 
-    async def _on_pause_generation(self, _: Any) -> Answer:
+    async def _on_pause_generation(self, body: Any) -> Answer:
         self.paused = True
+        if body["mode"] == "abort":
+            self.finish.set()
         return 200, {"status": "ok"}
 
     async def _on_continue_generation(self, _: Any) -> Answer:
@@ -122,23 +126,25 @@ class FakeSglang:
         return 200, b""
 
     async def _on_generate(self, body: Any) -> Answer:
+        version = self.version
+        cut, self.cut_after = self.cut_after, None
         self.generating.set()
         await self.finish.wait()
-        return 200, [
-            self._sample(ids, params)
-            for ids, params in zip(body["input_ids"], body["sampling_params"], strict=True)
-        ]
+        asked = zip(body["input_ids"], body["sampling_params"], strict=True)
+        return 200, [self._sample(ids, params, version, cut) for ids, params in asked]
 
-    def _sample(self, ids: list[int], params: dict[str, Any]) -> dict[str, Any]:
+    def _sample(
+        self, ids: list[int], params: dict[str, Any], version: str, cut: int | None
+    ) -> dict[str, Any]:
         stops, wanted = params.get("stop_token_ids", []), params["max_new_tokens"]
-        output = [7] if 7 in stops else [7] * wanted
+        output = [7] if 7 in stops else [7] * (wanted if cut is None else cut)
         rows = len(ids) + len(output) - 1
         routes = np.arange(rows * self.layers * self.top_k, dtype="<i4") % 8
         meta = {
-            "finish_reason": {"type": "stop" if 7 in stops else "length"},
+            "finish_reason": {"type": "abort" if cut else "stop" if 7 in stops else "length"},
             "output_token_logprobs": [[-0.5, token, None] for token in output],
-            "weight_version": self.version,
-            "weight_versions": [{"version": self.version, "start": 0, "end": len(output)}],
+            "weight_version": version,
+            "weight_versions": [{"version": version, "start": 0, "end": len(output)}],
             "cached_tokens": 3,
             "routed_experts": base64.b64encode(routes.tobytes()).decode(),
             "spec_verify_ct": 4,

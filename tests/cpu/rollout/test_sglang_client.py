@@ -272,3 +272,38 @@ def test_the_command_line_says_what_was_asked_for() -> None:
 def test_an_address_that_is_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="address"):
         HttpClient("ftp://somewhere")
+
+
+def test_a_response_goes_on_under_the_new_weights(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        await engine.receive_weights(WEIGHTS, version=1)
+        server.cut_after = 2
+        server.finish.clear()
+        answer = asyncio.create_task(engine.generate([request(1, 2, new=5), request(1, 2, new=5)]))
+        await server.generating.wait()
+        await engine.receive_weights(WEIGHTS, version=2)
+        for output in await answer:
+            assert output.output_ids == [7] * 5 and len(output.log_probs) == 5
+            assert output.finish_reason == "length"
+            assert output.weight_versions == [(1, 0), (2, 2)]
+            assert output.routed_experts is not None and output.routed_experts.shape == (6, 2, 2)
+            assert output.spec_info is not None and output.spec_info.verify_steps == 8
+        first, second = (body for path, body in server.calls if path == "/generate")
+        assert second["input_ids"] == [[1, 2, 7, 7]] * 2
+        assert [p["max_new_tokens"] for p in second["sampling_params"]] == [3, 3]
+        assert not set(first["rid"]) & set(second["rid"])
+
+    with_server(spec, scenario)
+
+
+def test_what_was_aborted_does_not_go_on(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        server.cut_after = 2
+        server.finish.clear()
+        answer = asyncio.create_task(engine.generate([request(1, new=5)]))
+        await server.generating.wait()
+        await engine.abort({0})
+        (output,) = await answer
+        assert output.finish_reason == "abort" and output.output_ids == [7, 7]
+
+    with_server(spec, scenario)
