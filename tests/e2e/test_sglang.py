@@ -307,7 +307,11 @@ def test_a_server_ends_with_the_process_that_started_it(checkpoint: Path, tmp_pa
         served = psutil.Process(int(owner.stdout.readline()))
         owner.kill()
         owner.wait()
-        assert served.wait(timeout=30) is None or not served.is_running()
+        deadline = time.monotonic() + 60
+        # Nobody may be there to collect what is left of a process whose parent is gone.
+        while served.is_running() and served.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 TRAIN = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,8 @@ def command_line(options: ServerOptions, host: str, port: int) -> list[str]:
     """What to execute; the words after the leash are SGLang's own launch command."""
     args = {**(CPU_ARGS if options.on_cpu else {}), **options.args, "host": host, "port": port}
     start = [str(CPU_SERVER)] if options.on_cpu else ["-m", "sglang.launch_server"]
-    return [str(options.python), str(LEASH), str(options.python), *start, *argument_words(args)]
+    python, parent = str(options.python), str(os.getpid())
+    return [python, str(LEASH), parent, python, *start, *argument_words(args)]
 
 
 def argument_words(args: Mapping[str, Any]) -> list[str]:
