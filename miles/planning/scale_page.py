@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from miles.arch.specs import shipped_spec
+from miles.arch import ArchSpec
+from miles.arch.checkpoint import spec_from_hf_config
+from miles.arch.specs import DIRECTORY, shipped_spec
 from miles.config import resolve
 from miles.planning.formats import Format
 from miles.planning.hardware import GIB, GPUS_PER_NODE, Hardware, gpu_kinds
@@ -27,14 +30,32 @@ class Study:
     """A model at every number of GPUs, from the layout of a profile."""
 
     title: str
-    model: str
+    spec: ArchSpec
     profile: str
     gpus_per_engine: int
 
 
+def one_trillion() -> ArchSpec:
+    """DeepSeek-V3's blocks at the sizes that Kimi K2 was published with."""
+    config = json.loads((DIRECTORY / "deepseek-v3.json").read_text(encoding="utf-8"))
+    sizes = {
+        "n_routed_experts": 384,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "vocab_size": 163_840,
+        "num_nextn_predict_layers": 0,
+    }
+    return spec_from_hf_config(config | sizes, where="Kimi K2")
+
+
 STUDIES = (
-    Study("30B: Qwen3-30B-A3B", "qwen3-30b-a3b", "qwen3-moe-fp8", 8),
-    Study("235B: Qwen3-235B-A22B", "qwen3-235b-a22b", "qwen3-235b-a22b", 8),
+    Study("30B: Qwen3-30B-A3B", shipped_spec("qwen3-30b-a3b"), "qwen3-moe-fp8", 8),
+    Study("235B: Qwen3-235B-A22B", shipped_spec("qwen3-235b-a22b"), "qwen3-235b-a22b", 8),
+    Study("671B: DeepSeek-V3", shipped_spec("deepseek-v3"), "deepseek-v3-fp8", 16),
+    Study("1T: DeepSeek-V3's blocks at the sizes of Kimi K2", one_trillion(), "deepseek-v3-fp8", 16),
 )
 
 _PREAMBLE = f"""\
@@ -64,7 +85,7 @@ def scale_page() -> str:
 
 
 def _study(study: Study) -> Iterator[str]:
-    shape = model_shape(shipped_spec(study.model))
+    shape = model_shape(study.spec)
     wire = shape.stored_bytes("fp8") / 1e9
     yield f"## {study.title}\n"
     yield (
@@ -105,13 +126,12 @@ def plan_at(study: Study, gpus: int) -> ScalePlan | None:
         study.profile,
         sets=[
             f"cluster.actor_num_nodes={nodes}",
-            f'model.model_name="{study.model}"',
             "rollout.rollout_batch_size=512",
         ],
     )
     request = ScaleRequest(
         config=resolved.config,
-        spec=shipped_spec(study.model),
+        spec=study.spec,
         hardware=Hardware(nodes, GPUS_PER_NODE, gpu_kinds()["H100"]),
         dtype="bf16",
         rollout_format="fp8",

@@ -164,7 +164,14 @@ OWN_HARDWARE = {
     "qwen3-4b": "8xH100",
     "llama-3.1-8b": "8xH100",
     "qwen3-235b-a22b": "64xH100",
+    "deepseek-v3-fp8": "128xH100",
+    "deepseek-v3-int4-single-node": "144xH200",
+    "glm-4.5-spec": "64xH100",
+    "minimax-m2": "64xH100",
+    "gemma-3-12b": "8xH100",
 }
+SAID_BESIDES = {"glm-4.5-spec": {"ALN5"}, "deepseek-v3-int4-single-node": {"CAP2"}}
+"""R3 with a draft is worth watching; SGLang's packed INT4 weights are not carried yet."""
 
 
 @pytest.mark.parametrize(("profile", "hardware"), OWN_HARDWARE.items())
@@ -172,4 +179,4 @@ def test_a_shipped_cluster_profile_fits_its_own_hardware(profile: str, hardware:
     resolved = resolve(profile)
     facts = collect_facts(resolved.config, assume=parse_hardware(hardware))
     found = {finding.rule for finding in preflight(resolved, facts)}
-    assert found <= REFUSED | {"ASM1"}
+    assert found <= REFUSED | {"ASM1"} | SAID_BESIDES.get(profile, set())

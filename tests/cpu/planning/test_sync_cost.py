@@ -65,7 +65,7 @@ def test_fp8_halves_what_is_sent() -> None:
     assert 1.9 < SHAPE.wire_bytes / replace(SHAPE, sent="fp8").wire_bytes < 2
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.model)
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.title)
 def test_every_study_fits_a_thousand_gpus(study) -> None:  # type: ignore[no-untyped-def]
     plan = plan_at(study, 1024)
     assert plan is not None and plan.layout.world == 1024
