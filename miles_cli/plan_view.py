@@ -24,7 +24,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     )
     yield line(
         "runs on",
-        f"{plan.device}, {plan.executor} executor, {plan.trainer} trainer, {_engine(plan)}, "
+        f"{plan.device}, {plan.executor} executor, {_trainer(plan)}, {_engine(plan)}, "
         f"{count(plan.threads.count, 'thread')} per process",
     )
     yield line(
@@ -58,6 +58,11 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield line("disk", f"{binary_bytes(plan.checkpoint_bytes)} per checkpoint")
     yield line("exports", " ".join(f"{name}={value}" for name, value in plan.exports))
     yield from _derived_lines(plan)
+
+
+def _trainer(plan: Plan) -> str:
+    kernel = "" if plan.train_kernel is None else f" (train kernel: {plan.train_kernel})"
+    return f"{plan.trainer} trainer{kernel}"
 
 
 def _engine(plan: Plan) -> str:

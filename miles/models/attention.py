@@ -7,7 +7,7 @@ S key positions. Inside a layer tokens are flat; each object lays them out as it
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,27 @@ class Attention(Protocol):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         """q [T, H, d], k, v [T, Hkv, d], rotated -> [T, H * d]."""
+        ...
+
+
+@runtime_checkable
+class HeadAttention(Attention, Protocol):
+    """An attention that also takes heads as they are projected, before norms and rotation."""
+
+    def takes(self, heads: Tensor, spec: AttentionSpec, norm_plus_one: bool) -> bool:
+        """Whether `attend_heads` computes a layer of this kind; `norm_plus_one`: see `norm.rms_norm`."""
+        ...
+
+    def attend_heads(
+        self,
+        heads: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        rotation: Tensor,
+        eps: float,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        """heads [T, H + 2 Hkv, d] (queries, keys, values) -> [T, H * d]."""
         ...
 
 

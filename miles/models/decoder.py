@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, MoeSpec, QueryTemperature, RopeSpec
-from miles.models.attention import Attention
+from miles.models.attention import Attention, HeadAttention
 from miles.models.latent_attention import LatentAttentionBlock
 from miles.models.mlp import DenseMlp, MoeMlp
 from miles.models.norm import rms_norm
@@ -54,6 +54,11 @@ class AttentionBlock(Projections):
         what queries are multiplied with, fp32 [T]."""
         spec, numerics = self.spec, self.numerics
         heads = self.project("qkv", x, self.qkv_bias).view(x.shape[0], -1, spec.head_dim)
+        run = again if "core_attn" in self.recompute_modules else once
+        if isinstance(attention, HeadAttention) and attention.takes(heads, spec, self.norm_plus_one):
+            norms = (self.q_norm, self.k_norm)
+            attended = run(attention.attend_heads, heads, *norms, rotation, self.eps, spec)
+            return self.project("o", attended, self.o_bias)
         qk, v = heads.split_with_sizes((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             qk = self._normed(qk, self.q_norm, self.k_norm)
@@ -66,7 +71,6 @@ class AttentionBlock(Projections):
             q = (q * rotation[:, None, None]).to(q.dtype)
         if spec.query_factor != 1.0:
             q = q * spec.query_factor
-        run = again if "core_attn" in self.recompute_modules else once
         return self.project("o", run(attention.attend, layer, q, k, v, spec), self.o_bias)
 
     def _normed(self, qk: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
@@ -93,6 +97,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         layer: LayerSpec = spec.layers[index]
         self.index, self.eps, self.norm_plus_one = index, spec.rms_norm_eps, spec.norm_plus_one
+        self.numerics: Numerics = FAST
         self.recompute_modules: frozenset[RecomputedModule] = frozenset()
 
         def norm() -> nn.Parameter:
@@ -127,7 +132,9 @@ class DecoderLayer(nn.Module):
 
     def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
         """x itself where the layer has no such norm."""
-        return x if weight is None else rms_norm(x, weight, self.eps, self.norm_plus_one)
+        if weight is None:
+            return x
+        return self.numerics.rms_norm(x, weight, self.eps, self.norm_plus_one)
 
 
 class Taps:
@@ -201,7 +208,9 @@ class Decoder(nn.Module):
             hidden = run(layer, hidden, rotation, attention, router)
         if taps is not None:
             taps.see(len(self.layers), hidden)
-        return rms_norm(hidden, self.final_norm, self.spec.rms_norm_eps, self.spec.norm_plus_one)
+        return self.numerics.rms_norm(
+            hidden, self.final_norm, self.spec.rms_norm_eps, self.spec.norm_plus_one
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""

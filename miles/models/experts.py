@@ -7,6 +7,7 @@ order: no scatter-add, so the sum of a token does not depend on the other tokens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from miles.models.grouped import grouped_mm, grouped_outer
 from miles.models.invariant import bmm
 from miles.models.row_blocks import RowBlocks, products
 from miles.models.swiglu import Forward, swiglu_backward, swiglu_forward
+
+Whole = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class ExpertKernels:
         rounded: [P, I] -> what the second projection multiplies; None: as it is. Backward passes straight
             through it.
         fused_sum: one rounding per added slot instead of two where the machine has it.
+        whole: takes x, ids, weights, gate_up and down, and computes everything where nothing is `rounded`.
     """
 
     blocks: RowBlocks | None = None
     activation: Forward = swiglu_forward
     rounded: Forward | None = None
     fused_sum: bool = True
+    whole: Whole | None = None
 
 
 FAST = ExpertKernels()
@@ -54,6 +59,8 @@ def routed_experts(
     Returns:
         [T, D].
     """
+    if kernels.whole is not None and kernels.rounded is None:
+        return kernels.whole(x, ids, weights, gate_up, down)
     rows = _group_by_expert(ids, gate_up, kernels.blocks)
     if torch.is_grad_enabled():
         return _RoutedExperts.apply(x, weights, gate_up, down, rows, kernels)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles.arch.spec import AttentionSpec, Scoring
-from miles.models import experts, rotary
+from miles.models import experts, norm, rotary
 from miles.models import swiglu as activation
 from miles.models.attention import Attention, CachedAttention, ChunkAttention, PackedAttention
 from miles.models.exact_attention import (
@@ -73,6 +73,10 @@ class Numerics(Protocol):
         """Softmax over experts, or sigmoid, of x [T, D] @ router [E, D]ᵀ: fp32 [T, E]."""
         ...
 
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
+        """See `norm.rms_norm`."""
+        ...
+
     def expert_kernels(self, gate_up: Tensor, down: Tensor) -> experts.ExpertKernels:
         """How experts gate_up [E, 2I, D], down [E, D, I] are computed."""
         ...
@@ -114,6 +118,9 @@ class FastNumerics:
     def chosen(self) -> dict[str, str]:
         return {}
 
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
+        return norm.rms_norm(x, weight, eps, plus_one)
+
     def expert_kernels(self, gate_up: Tensor, down: Tensor) -> experts.ExpertKernels:
         return experts.FAST
 
@@ -142,12 +149,12 @@ class FastNumerics:
 
     def packed_attention(
         self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None
-    ) -> PackedAttention:
+    ) -> Attention:
         return PackedAttention(cu_seqlens, cache, slots)
 
     def prefix_attention(
         self, prompt_cu_seqlens: Tensor, own_cu_seqlens: Tensor, prompt_of_own: Tensor
-    ) -> PrefixAttention:
+    ) -> Attention:
         return PrefixAttention(prompt_cu_seqlens, own_cu_seqlens, prompt_of_own)
 
     def cached_attention(self, cache: KVCache, lengths: Tensor) -> CachedAttention:
@@ -192,6 +199,9 @@ class ExactNumerics:
         rows, plural = self.min_queries, "s" if self.min_queries > 1 else ""
         told["attention"] = f"fp32, at least {rows} query row{plural}, keys in blocks of {KEY_BLOCK}"
         return told
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
+        return norm.rms_norm(x, weight, eps, plus_one)
 
     def expert_kernels(self, gate_up: Tensor, down: Tensor) -> experts.ExpertKernels:
         return experts.ExpertKernels(self._blocks(gate_up, down), self._activation, fused_sum=False)

@@ -20,9 +20,12 @@ from miles.data.rows import parse_data_path
 from miles.data.source import PromptSource, SourceSettings
 from miles.data.tasks import is_builtin, resolve_builtin
 from miles.data.tokenizer import CheckpointTokenizer
+from miles.models.compiled.library import Library
+from miles.models.compiled.numerics import CompiledNumerics
 from miles.models.invariance import find_exact_numerics
 from miles.models.numerics import FAST, Numerics
 from miles.models.recompute import RECOMPUTED_MODULES, RecomputedModule
+from miles.orchestration.decode_kernel import train_library
 from miles.orchestration.rollout_worker import EvalSet
 from miles.planning.facts import eval_sets
 from miles.planning.plan import Plan
@@ -103,8 +106,14 @@ def numerics(plan: Plan, spec: ArchSpec) -> Numerics:
     Raises PreflightRefused where there are none. Call it with torch's threads as the run has them.
     """
     if plan.numerics == "fast":
-        return FAST
+        library = train_library(plan)
+        return FAST if library is None else _compiled_numerics(library)
     return _exact_numerics(spec, plan.dtype, plan.device, torch.get_num_threads())
+
+
+@cache
+def _compiled_numerics(library: Path) -> Numerics:
+    return CompiledNumerics(Library(library))
 
 
 @cache

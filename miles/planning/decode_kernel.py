@@ -19,7 +19,7 @@ COMPUTED = "fp32"
 
 
 @dataclass(frozen=True)
-class DecodePlan:
+class KernelPlan:
     """The choice and its reason: the vector instructions of the kernel, or what stands in its way."""
 
     kernel: Literal["fused", "torch"]
@@ -44,14 +44,14 @@ class EngineKind:
     """Speculative decoding."""
 
 
-def plan_decode(wanted: str, engine: EngineKind, compiler: CompilerFacts | None) -> DecodePlan:
+def plan_decode(wanted: str, engine: EngineKind, compiler: CompilerFacts | None) -> KernelPlan:
     """`wanted`: auto, torch or fused; the last is refused by a rule where `obstacles` has an answer."""
     if wanted == "torch":
-        return DecodePlan("torch", "engine.decode_kernel")
+        return KernelPlan("torch", "engine.decode_kernel")
     obstacle = next(obstacles(engine, compiler), None)
     if obstacle is not None or compiler is None:
-        return DecodePlan("torch", obstacle or "")
-    return DecodePlan("fused", compiler.vectors, compiler.path)
+        return KernelPlan("torch", obstacle or "")
+    return KernelPlan("fused", compiler.vectors, compiler.path)
 
 
 def obstacles(engine: EngineKind, compiler: CompilerFacts | None) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from miles.arch.precision import PrecisionPolicy
 from miles.config import ResolvedConfig
 from miles.planning.batches import BatchPlan
-from miles.planning.decode_kernel import DecodePlan
+from miles.planning.decode_kernel import KernelPlan
 from miles.planning.engine_limits import EngineLimits
 from miles.planning.facts import Facts
 from miles.planning.findings import Finding, PlanRefused, Severity
@@ -80,8 +80,10 @@ class Plan:
     routing_replay: bool
     numerics: Literal["exact", "fast"]
     """Exact: bit-equal trainer and engine, whatever is computed together."""
-    decode: DecodePlan | None
+    decode: KernelPlan | None
     """What decodes in the native engine; None for other engines."""
+    train_kernel: KernelPlan | None
+    """What computes the hot parts of the native trainer's steps; None for other trainers."""
     threads: ThreadPlan
     workers: WorkersPlan | None
     """Processes beside the driver; None where everything happens in one."""
@@ -159,6 +161,7 @@ def _plan(subject: Subject, findings: tuple[Finding, ...], outline: Outline | No
         routing_replay=subject.routing_replay,
         numerics=subject.numerics,
         decode=subject.decode,
+        train_kernel=subject.train_kernel,
         threads=subject.threads,
         workers=subject.workers,
         exports=(*subject.threads.exports.items(), *(outline.scale.exports if outline else ())),
@@ -225,6 +228,8 @@ def _derived(subject: Subject) -> list[Derived]:
         rows.append(Derived("alignment.numerics", subject.numerics, reason))
     if config.engine.decode_kernel == "auto" and subject.decode is not None:
         rows.append(Derived("engine.decode_kernel", subject.decode.kernel, subject.decode.reason))
+    if config.training.train_kernel == "auto" and (kernel := subject.train_kernel) is not None:
+        rows.append(Derived("training.train_kernel", kernel.kernel, kernel.reason))
     rows += _derived_speculation(subject)
     if config.rollout.num_rollout is None:
         rows.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from miles.config import ResolvedConfig, RunConfig, find_key
 from miles.planning.batches import BatchPlan, plan_batches, plan_num_rollouts
 from miles.planning.capabilities import Part, capabilities
 from miles.planning.checkpoints import CheckpointPlan, plan_checkpoints
-from miles.planning.decode_kernel import DecodePlan, EngineKind, plan_decode
+from miles.planning.decode_kernel import EngineKind, KernelPlan, plan_decode
 from miles.planning.engine_limits import EngineLimits, plan_engine_limits
 from miles.planning.facts import Facts
 from miles.planning.formats import Format
@@ -33,6 +33,7 @@ from miles.planning.scale import (
 from miles.planning.server_args import plan_server_args
 from miles.planning.speculation import SpeculationPlan, mtp_layers, plan_speculation
 from miles.planning.threads import ThreadPlan, plan_threads
+from miles.planning.train_kernel import plan_train_kernel
 from miles.planning.workers import WorkersPlan, plan_workers, trainer_ranks
 
 
@@ -209,12 +210,25 @@ class Subject:
         return EngineKind(device, self.numerics, stored, self.threads.count, self.spec, guesses)
 
     @property
-    def decode(self) -> DecodePlan | None:
+    def decode(self) -> KernelPlan | None:
         """What decodes in a native engine; None for other engines, and where nothing is sampled."""
         if self.config.rollout.backend != "native" or self.config.algorithm.loss_type == "sft_loss":
             return None
         wanted, compiler = self.config.engine.decode_kernel, self.facts.machine.compiler
         return plan_decode(wanted, self.engine_kind, compiler)
+
+    @property
+    def trainer_kind(self) -> EngineKind:
+        """What decides which kernel trains."""
+        return replace(self.engine_kind, computed=self.dtype, guesses=False)
+
+    @property
+    def train_kernel(self) -> KernelPlan | None:
+        """What computes in a native trainer; None for other trainers."""
+        if self.config.training.backend != "native":
+            return None
+        wanted, compiler = self.config.training.train_kernel, self.facts.machine.compiler
+        return plan_train_kernel(wanted, self.trainer_kind, compiler)
 
     @property
     def speculation(self) -> SpeculationPlan | None:

@@ -46,6 +46,11 @@ class TrainingSection(Section):
     non_finite_policy: Literal["skip", "stop"] = "skip"
     """A non-finite loss or gradient: skip the step and record it, or end the run."""
 
+    train_kernel: Literal["auto", "torch", "fused"] = "auto"
+    """What computes attention of short sequences, narrow experts and norms in the native trainer: `fused`, a
+    kernel compiled on first use, or `torch`. `auto` takes the kernel where there is a compiler and the
+    trainer runs in fast fp32 on one CPU thread. The two round differently."""
+
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in backward instead of keeping them; default: keep."""
 

@@ -363,7 +363,7 @@ def _make_runner(spec: ArchSpec, settings: EngineSettings) -> Runner | FusedRunn
         guessed = 0 if settings.speculation is None else settings.speculation.num_draft_tokens
         return Runner(spec, slots, context, settings.dtype, torch.device(device), settings.numerics, guessed)
     assert settings.speculation is None, "the decode kernel guesses nothing"
-    assert settings.numerics is FAST and settings.dtype == torch.float32 and device == "cpu", (
+    assert settings.numerics.name == FAST.name and settings.dtype == torch.float32 and device == "cpu", (
         "the decode kernel computes in fast fp32 on the CPU"
     )
     return FusedRunner(settings.decode_library, spec, slots, context)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from miles.config import resolve
-from miles.orchestration.decode_kernel import decode_library, settle
+from miles.orchestration.decode_kernel import decode_library, settle, train_library
 from miles.orchestration.observer import SilentObserver
 from miles.planning import Plan, collect_facts, make_plan
-from miles.planning.decode_kernel import DecodePlan
+from miles.planning.decode_kernel import KernelPlan
 
 
 class Listener(SilentObserver):
@@ -32,7 +32,8 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     compiler.write_text("#!/bin/sh\necho 'fatal error: no memory' >&2\nexit 4\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("MILES_CACHE_DIR", str(tmp_path / "cache"))
-    return replace(made, decode=DecodePlan("fused", "AVX-512", str(compiler)))
+    fused = KernelPlan("fused", "AVX-512", str(compiler))
+    return replace(made, decode=fused, train_kernel=fused)
 
 
 def test_the_plan_of_the_run_says_why_torch_decodes(plan: Plan) -> None:
@@ -40,8 +41,9 @@ def test_the_plan_of_the_run_says_why_torch_decodes(plan: Plan) -> None:
     settled = settle(plan, listener)
     assert settled.decode is not None and settled.decode.kernel == "torch"
     assert "ended with 4 (fatal error: no memory)" in str(settled.decode)
-    assert [kind for kind, _ in listener.heard] == ["kernel_not_built"]
-    assert decode_library(settled) is None
+    assert settled.train_kernel == settled.decode
+    assert [kind for kind, _ in listener.heard] == ["kernel_not_built"] * 2
+    assert decode_library(settled) is None and train_library(settled) is None
 
 
 def test_a_worker_on_a_machine_whose_compiler_fails_goes_on(
@@ -49,9 +51,12 @@ def test_a_worker_on_a_machine_whose_compiler_fails_goes_on(
 ) -> None:
     assert decode_library(plan) is None
     assert "torch decodes here" in capsys.readouterr().err
+    assert train_library(plan) is None
+    assert "torch trains here" in capsys.readouterr().err
 
 
 def test_a_plan_with_torch_is_left_alone(plan: Plan) -> None:
-    torch_plan = replace(plan, decode=DecodePlan("torch", "no compiler"))
+    in_torch = KernelPlan("torch", "no compiler")
+    torch_plan = replace(plan, decode=in_torch, train_kernel=in_torch)
     assert settle(torch_plan, SilentObserver()) is torch_plan
     assert decode_library(torch_plan) is None

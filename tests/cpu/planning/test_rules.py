@@ -583,6 +583,10 @@ CASES: dict[str, tuple[Case, Case]] = {
         Case("--true-on-policy-mode", facts=windowed),
         Case("--true-on-policy-mode"),
     ),
+    "KRN2": (
+        Case("--train-kernel fused", facts=machine(compiler=None)),
+        Case("--train-kernel fused", facts=machine(compiler=CompilerFacts("/usr/bin/c++", "AVX2"))),
+    ),
     "KRN1": (
         Case("--decode-kernel fused", facts=machine(compiler=None)),
         Case("--decode-kernel fused", facts=machine(compiler=CompilerFacts("/usr/bin/c++", "AVX2"))),

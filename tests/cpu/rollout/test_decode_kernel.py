@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,11 +15,12 @@ import torch
 
 from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, RopeSpec
 from miles.errors import RunError
+from miles.models.compiled import build as compiling
+from miles.models.compiled.build import BuildFailed
 from miles.planning.decode_kernel import FAMILIES
 from miles.planning.facts.compiler import read_compiler
 from miles.rollout.engine import GenerateOutput, GenerateRequest
 from miles.rollout.native.fused import build, kernel
-from miles.rollout.native.fused.build import BuildFailed
 from tests.cpu.rollout.conftest import Policy, make_decoder, make_spec, now, prompt_groups, request, run
 
 COMPILER = read_compiler()
@@ -201,11 +203,11 @@ def test_narrower_vectors_give_the_same(
     narrower: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What AVX2 and 128-bit machines compile, on a machine that has more."""
-    if "x86" not in build.platform.machine():
+    if "x86" not in platform.machine():
         pytest.skip("x86 flags")
     monkeypatch.setenv("MILES_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, narrower))
-    monkeypatch.setattr(build, "_native", lambda: "-march=native")
+    monkeypatch.setattr(compiling, "FLAGS", (*compiling.FLAGS, narrower))
+    monkeypatch.setattr(compiling, "_native", lambda: "-march=native")
     spec = make_spec()
     for one, other in both(Policy(spec, make_decoder(spec)), build.library("g++"), mixed_requests()):
         assert_same(one, other)
