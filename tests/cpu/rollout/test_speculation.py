@@ -66,18 +66,29 @@ def test_certain_guesses_leave_every_token_as_it_is(
 
 
 @pytest.mark.parametrize("settings", [CHAIN, TREE], ids=["chain", "tree"])
-@pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
-def test_exact_numerics_keep_every_bit(settings: SpeculationSettings, moe: bool) -> None:
-    """Long enough for several blocks of keys; requests end at different times and move between slots."""
+@pytest.mark.parametrize(
+    ("moe", "dtype"),
+    [
+        pytest.param(True, torch.float32, id="moe"),
+        pytest.param(False, torch.float32, id="dense"),
+        pytest.param(True, torch.bfloat16, id="moe in bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_exact_numerics_keep_every_bit(settings: SpeculationSettings, moe: bool, dtype: torch.dtype) -> None:
+    """Of log-probs and routes, accepted guesses among them. Long enough for several blocks of keys; requests
+    end at different times and move between slots."""
     spec = replace(make_spec(moe), max_position_embeddings=256)
-    numerics = find_exact_numerics(spec, torch.float32)
+    numerics = find_exact_numerics(spec, dtype)
     policy = Policy.random(spec, numerics)
+    policy.decoder.to(dtype)
     calls = [prompt_groups(1, 3, seed=i, max_new_tokens=20 + 60 * i, temperature=0.25)[0] for i in range(4)]
     calls = [
         [replace(r, group=g, sample_key=10 * g + i) for i, r in enumerate(c)] for g, c in enumerate(calls)
     ]
-    for plain, speculative in both(policy, calls, settings, numerics=numerics, max_context_len=256):
+    pairs = both(policy, calls, settings, numerics=numerics, max_context_len=256, dtype=dtype)
+    for plain, speculative in pairs:
         assert_same(plain, speculative, atol=0)
+    assert sum(speculative.spec_info.accepted_tokens for _, speculative in pairs) > 100
 
 
 def test_random_traffic_gets_the_answers_of_plain_decoding(policy: Policy) -> None:
