@@ -7,6 +7,8 @@ from miles.arch.spec import ArchSpec, DenseMlpSpec
 
 def exact_obstacle(spec: ArchSpec) -> str:
     """What stands in the way of exact numerics; empty where nothing does."""
+    if any(layer.attention.indexer is not None for layer in spec.layers):
+        return "sparse attention by an indexer"
     if not spec.has_plain_attention:
         return "attention in windows, or with capped scores"
     if any(isinstance(layer.mlp, DenseMlpSpec) and layer.mlp.activation != "silu" for layer in spec.layers):

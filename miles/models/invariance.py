@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from miles.arch.exactness import exact_obstacle
-from miles.arch.spec import ArchSpec, MoeSpec
+from miles.arch.spec import ArchSpec, AttentionSpec, MoeSpec
 from miles.models.decoder import Decoder
 from miles.models.exact_attention import QUERY_STEP
 from miles.models.experts import routed_experts
@@ -151,8 +151,8 @@ def _matrices(spec: ArchSpec, dtype: torch.dtype) -> Iterator[tuple[Matrices, to
     for layer in dict.fromkeys(spec.layers):
         attention, mlp = layer.attention, layer.mlp
         gate_up, down = (2 * mlp.intermediate_size, hidden), (hidden, mlp.intermediate_size)
-        yield ((attention.qkv_width, hidden),), dtype
-        yield ((hidden, attention.query_width),), dtype
+        for shape in _attention_matrices(attention, hidden):
+            yield (shape,), dtype
         if isinstance(mlp, MoeSpec):
             yield (gate_up, down), dtype
             yield ((mlp.num_experts, hidden),), torch.float32
@@ -162,6 +162,19 @@ def _matrices(spec: ArchSpec, dtype: torch.dtype) -> Iterator[tuple[Matrices, to
         else:
             yield (gate_up,), dtype
             yield (down,), dtype
+
+
+def _attention_matrices(attention: AttentionSpec, hidden: int) -> Iterator[tuple[int, int]]:
+    latent, heads = attention.latent, attention.num_heads
+    if latent is None:
+        yield attention.qkv_width, hidden
+        yield hidden, attention.query_width
+        return
+    yield sum(latent.down_widths), hidden
+    yield heads * latent.query_dim, latent.query_rank or hidden
+    yield latent.kv_rank, latent.plain_dim
+    yield latent.value_dim, latent.kv_rank
+    yield hidden, heads * latent.value_dim
 
 
 def _varies(operation: RowOperation, rows: Tensor) -> bool:

@@ -78,6 +78,8 @@ class AttentionProbe:
         k, v = (self._random(total, self.spec.num_kv_heads, self.spec.head_dim) for _ in range(2))
         # Nearly equal weights of values that alternate in sign: their sum is small beside its terms.
         q, v[1::2] = q * 0.05, -v[: total - 1 : 2]
+        if self.spec.latent is not None:
+            k = v
         starts = torch.tensor([0, *lengths], device=self.device).cumsum(0)
         packed = numerics.packed_attention(starts).attend(0, q, k, v, self.spec)
         one_layer = replace(self.model, layers=self.model.layers[:1])

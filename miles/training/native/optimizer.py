@@ -82,7 +82,8 @@ class MasterAdamW:
     def apply(self, learning_rate: float, norm: float) -> None:
         """Clip to `clip_grad` given the global norm, update masters and model, clear the gradients."""
         if self.clip_grad > 0 and norm > self.clip_grad:
-            torch._foreach_mul_(list(self.gradients().values()), self.clip_grad / (norm + 1e-6))
+            trained = (master for group in self._adam.param_groups for master in group["params"])
+            torch._foreach_mul_([m.grad for m in trained], self.clip_grad / (norm + 1e-6))
         for group in self._adam.param_groups:
             group["lr"] = learning_rate
         self._adam.step()

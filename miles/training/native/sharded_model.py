@@ -46,7 +46,7 @@ def _shard(
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    # Router biases are few, never rounded, and get no gradient.
+    # Router biases and indexers are small, and get no gradient; biases are never rounded.
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
     unit = fully_shard(
         module,

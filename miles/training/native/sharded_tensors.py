@@ -1,5 +1,5 @@
-"""Tensors cut along their first dimension over the ranks (FSDP2's DTensors), under published names. Router
-biases are whole on every rank.
+"""Tensors cut along their first dimension over the ranks (FSDP2's DTensors), under published names. What
+gets no gradient (router biases, indexers) is whole on every rank.
 
 Leaving, one native tensor is gathered at a time. Arriving, each rank takes its own rows of every published
 tensor and exchanges nothing: a published tensor is a contiguous piece of a native one, and so is a shard.
@@ -114,9 +114,9 @@ class _Gathering(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         held = self._native[name].detach()
-        if not isinstance(held, DTensor):
-            return held
-        return (held if self._dtype is None else held.to(self._dtype)).full_tensor()
+        if self._dtype is not None and not name.endswith("correction_bias"):
+            held = held.to(self._dtype)
+        return held.full_tensor() if isinstance(held, DTensor) else held
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._native)

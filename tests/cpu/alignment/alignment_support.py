@@ -10,7 +10,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, MoeSpec, RopeSpec
+from miles.arch.spec import (
+    ArchSpec,
+    AttentionSpec,
+    DenseMlpSpec,
+    LatentSpec,
+    LayerSpec,
+    MoeSpec,
+    RopeSpec,
+    YarnScaling,
+)
 from miles.data.batch import TrainBatch, pack
 from miles.data.sample import Sample, SampleStatus
 from miles.models.numerics import ExactNumerics, Numerics
@@ -64,6 +73,16 @@ def _minimax_m2() -> ArchSpec:
     return replace(spec, family="minimax_m2", architecture="MiniMaxM2ForCausalLM", layers=layers)
 
 
+def _deepseek_v3() -> ArchSpec:
+    """Latent attention: one key head whose values are its keys."""
+    spec = make_spec(40, (3, 1, 24), MoeSpec(6, 2, 16, True, "sigmoid", True, shared_size=16), 41, layers=1)
+    latent = LatentSpec(query_rank=24, kv_rank=16, plain_dim=16, rotated_dim=8, value_dim=16)
+    rope = RopeSpec(1e4, YarnScaling(4.0, 64, mscale=1.0, mscale_all_dim=0.5), width=8, interleaved=True)
+    attention = replace(spec.layers[0].attention, rope=rope, qk_norm=False, scale=0.3, latent=latent)
+    layers = tuple(replace(layer, attention=attention) for layer in spec.layers)
+    return replace(spec, family="deepseek_v3", architecture="DeepseekV3ForCausalLM", layers=layers)
+
+
 SPECS = {
     "the quickstart's experts": make_spec(64, (4, 2, 16), MoeSpec(8, 2, 64, norm_topk_prob=True), 55),
     "odd widths": make_spec(40, (6, 2, 8), MoeSpec(6, 3, 20, norm_topk_prob=True), 37, layers=3),
@@ -71,6 +90,7 @@ SPECS = {
     "dense": make_spec(64, (4, 1, 16), DenseMlpSpec(96), 55),
     "glm4_moe": _glm4_moe(),
     "minimax_m2": _minimax_m2(),
+    "deepseek_v3": _deepseek_v3(),
 }
 QUICKSTART = SPECS["the quickstart's experts"]
 

@@ -82,6 +82,10 @@ CASES: dict[str, FamilyCase] = {
 }
 
 
+ONE_OF_EACH = {case.architecture: case for case in CASES.values()}
+SHIPPING_MTP = {name: case for name, case in ONE_OF_EACH.items() if "num_mtp_layers" in case.config}
+
+
 def make_reference(case: FamilyCase) -> nn.Module:
     """A transformers model with every number random, norms and biases too: a mix-up would show."""
     config = getattr(transformers, f"{case.architecture}Config")(**case.config)

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from family_cases import (
-    CASES,
+    ONE_OF_EACH,
+    SHIPPING_MTP,
     FamilyCase,
     load_decoder,
     load_reference,
@@ -34,9 +35,6 @@ from miles.weights.convert import Wanted, convert, open_source, plan_conversion
 from miles.weights.convert.stored import as_numbers
 from miles.weights.hf import read_hf, write_hf
 from miles.weights.native_map import load_published, to_published
-
-ONE_OF_EACH = {case.architecture: case for case in CASES.values()}
-SHIPPING_MTP = {name: case for name, case in ONE_OF_EACH.items() if "num_mtp_layers" in case.config}
 
 each_family = pytest.mark.parametrize("case", ONE_OF_EACH.values(), ids=ONE_OF_EACH.keys())
 

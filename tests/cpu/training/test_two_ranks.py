@@ -12,7 +12,8 @@ import torch
 
 from miles.algorithms.importance import ImportanceCorrection
 from miles.algorithms.losses import PolicyLossSettings
-from miles.arch import with_mtp
+from miles.arch import ArchSpec, LayerSpec, MoeSpec, RopeSpec, with_mtp
+from miles.arch.spec import IndexerSpec, LatentSpec
 from miles.data.batch import TrainBatch
 from miles.training.settings import (
     AlgorithmSettings,
@@ -97,6 +98,39 @@ def test_an_untied_head_and_biases_too(dense_spec, two_ranks, make_batch) -> Non
     spec = replace(dense_spec, layers=layers, tie_word_embeddings=False)
     how = {"spec": spec, "batches": [make_batch(spec)] * 3, "settings": PLAIN}
     assert_equal(two_ranks("train", **how), two_ranks.alone("train", **how))
+
+
+def sparse(spec: ArchSpec) -> ArchSpec:
+    """Router biases and an indexer, which no rank trains; latent attention, shared experts, groups."""
+    latent = LatentSpec(query_rank=10, kv_rank=8, plain_dim=6, rotated_dim=4, value_dim=5)
+    attention = replace(
+        spec.layers[0].attention,
+        num_kv_heads=1,
+        head_dim=12,
+        qk_norm=False,
+        rope=RopeSpec(1e4, width=4, interleaved=True),
+        latent=latent,
+        indexer=IndexerSpec(num_heads=7, head_dim=6, top_k=5),
+    )
+    moe = MoeSpec(6, 2, 16, True, "sigmoid", True, num_groups=3, top_groups=2, shared_size=16)
+    layers = tuple(
+        LayerSpec(attention, moe if isinstance(layer.mlp, MoeSpec) else layer.mlp) for layer in spec.layers
+    )
+    return replace(spec, family="deepseek_v32", layers=layers, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_frozen_is_whole_on_both_ranks(dtype: str, spec, two_ranks, make_batch) -> None:
+    spec = sparse(spec)
+    how = {"spec": spec, "batches": [make_batch(spec)] * 2, "settings": PLAIN, "dtype": dtype}
+    two, one = two_ranks("train", **how), two_ranks.alone("train", **how)
+    if dtype == "float32":
+        assert_equal(two, one)
+    for name, tensor in one[1].items():
+        bias, indexer = name.endswith("e_score_correction_bias"), ".indexer." in name
+        assert tensor.dtype == two[1][1][name].dtype == (torch.float32 if bias else getattr(torch, dtype))
+        if bias or indexer:
+            assert torch.equal(tensor, two[1][1][name]), name
 
 
 def test_bf16_with_fp32_masters(spec, two_ranks, five) -> None:
