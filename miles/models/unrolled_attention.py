@@ -57,7 +57,7 @@ class UnrolledAttention:
         if layer in self._true or not isinstance(self._first, SparseAttention):
             raise RunError(
                 "an MTP layer with sparse attention is not taught to go on from its own guesses",
-                fix="set speculation.mtp_training_steps to the number of MTP layers",
+                fix="set --mtp-training-steps to the number of MTP layers",
             )
         self._true[layer], self._own[layer] = (rows, rows), []
         return self._first.attend_sparse(layer, q, rows, index_q, index_weights, spec)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from miles.planning.findings import Found, Severity
 from miles.planning.rules.rule import rule
-from miles.planning.speculation import OWN_DRAFT
+from miles.planning.speculation import OWN_DRAFT, mtp_training_steps
 from miles.planning.subject import Subject
 
 
@@ -139,6 +139,27 @@ def other_draft_trained(subject: Subject) -> Iterator[Found]:
     elif sglang.speculative_algorithm not in OWN_DRAFT:
         name = sglang.speculative_algorithm
         yield Found(f"the engine drafts with {name}", "speculative.enable_mtp_training")
+
+
+@rule(
+    "SPC8",
+    Severity.ERROR,
+    title="MTP training that goes on from guesses, with sparse attention",
+    cause="a guess behind a guess attends to keys of several passes, of which the indexer cannot choose; "
+    "each MTP layer is trained on true tokens alone",
+    fix="set --mtp-training-steps to the number of MTP layers",
+)
+def guesses_under_an_indexer(subject: Subject) -> Iterator[Found]:
+    config, spec = subject.config, subject.spec
+    if spec is None or not config.speculative.enable_mtp_training:
+        return
+    steps, layers = mtp_training_steps(config), config.speculative.mtp_num_layers or 1
+    if steps > layers and any(layer.attention.indexer is not None for layer in spec.layers):
+        yield Found(
+            f"{steps} steps of {layers} MTP layers",
+            "speculative.mtp_training_steps",
+            f"set --mtp-training-steps {layers}",
+        )
 
 
 @rule(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from miles.arch import ArchSpec, published_tensors, to_hf_config
+from miles.arch.exactness import exact_obstacle
 from miles.arch.precision import NumberFormat, PrecisionPolicy
 from miles.arch.specs import DIRECTORY, shipped_names, shipped_spec
 from miles.arch.stored_forms import stored_forms
@@ -144,6 +145,12 @@ def _shared(config: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         key: _shared(value, other[key]) if isinstance(value, dict) and isinstance(other[key], dict) else value
         for key, value in shared.items()
     }
+
+
+def test_exact_numerics_are_refused_by_name_where_there_are_none() -> None:
+    assert exact_obstacle(shipped_spec("deepseek-v3.2")) == "sparse attention by an indexer"
+    for name in ("deepseek-v3", "glm-4.5", "minimax-m2"):
+        assert exact_obstacle(shipped_spec(name)) == ""
 
 
 def test_an_unknown_name_is_a_key_error() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from miles.arch import ArchSpec, DenseMlpSpec, published_tensors, with_mtp
+from miles.arch.spec import IndexerSpec
 from miles.arch.specs import shipped_spec
 from miles.config import ResolvedConfig, parse_flags, resolve
 from miles.planning import Facts, Severity, collect_facts, preflight
@@ -97,6 +98,14 @@ def windowed(facts: Facts) -> Facts:
     return arch(layers=tuple(replace(layer, attention=attention) for layer in spec.layers))(facts)
 
 
+def indexed(facts: Facts) -> Facts:
+    spec = facts.checkpoint.spec
+    assert spec is not None
+    attention = replace(spec.layers[0].attention, indexer=IndexerSpec(num_heads=2, head_dim=8, top_k=4))
+    return arch(layers=tuple(replace(layer, attention=attention) for layer in spec.layers))(facts)
+
+
+OWN_MTP = "--mtp-num-layers 1 --enable-mtp-training"
 SCALED = """\
 --train-backend megatron --rollout-backend sglang --executor ray --dtype bf16 --lr 1e-6 --save-interval 20
 --colocate --actor-num-nodes 2 --actor-num-gpus-per-node 8 --rollout-num-gpus-per-engine 8
@@ -624,6 +633,10 @@ CASES: dict[str, tuple[Case, Case]] = {
     "SPC7": (
         scaled("--sglang-speculative-algorithm NGRAM --mtp-num-layers 1 --enable-mtp-training"),
         scaled("--sglang-speculative-algorithm EAGLE --mtp-num-layers 1 --enable-mtp-training"),
+    ),
+    "SPC8": (
+        Case(f"{OWN_MTP} --mtp-training-steps 2", facts=indexed),
+        Case(f"{OWN_MTP} --mtp-training-steps 1", facts=indexed),
     ),
     "SPC4": (
         scaled("--sglang-speculative-algorithm EAGLE"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import torch
 
 from miles.arch import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, MoeSpec, RopeSpec
 from miles.arch.precision import NumberFormat, PrecisionPolicy, precision_policy
+from miles.arch.spec import IndexerSpec, LatentSpec
 from miles.data.batch import TrainBatch, pack
 from miles.data.sample import Sample, SampleStatus
 from miles.models.numerics import FAST, Numerics
@@ -42,6 +44,30 @@ def wide_spec() -> ArchSpec:
     )
 
 
+def latent_spec() -> ArchSpec:
+    """The same with latent attention under an indexer, and experts beside a shared one."""
+    spec = wide_spec()
+    attention = AttentionSpec(
+        num_heads=5,
+        num_kv_heads=1,
+        head_dim=96,
+        rope=RopeSpec(1e4, width=32, interleaved=True),
+        qkv_bias=False,
+        output_bias=False,
+        qk_norm=False,
+        latent=LatentSpec(query_rank=160, kv_rank=64, plain_dim=32, rotated_dim=32, value_dim=64),
+        indexer=IndexerSpec(num_heads=6, head_dim=64, top_k=12),
+    )
+    moe = MoeSpec(4, 2, 96, True, "sigmoid", True, shared_size=96)
+    dense, experts = LayerSpec(attention, DenseMlpSpec(448)), LayerSpec(attention, moe)
+    return replace(
+        spec,
+        family="deepseek_v32",
+        architecture="DeepseekV32ForCausalLM",
+        layers=(dense, experts, experts),
+    )
+
+
 class Pair:
     """A trainer and the engine that holds its weights, each under the policy it was told."""
 
@@ -51,8 +77,9 @@ class Pair:
         rollout: NumberFormat,
         dtype: torch.dtype = torch.float32,
         numerics: Numerics = FAST,
+        spec: ArchSpec | None = None,
     ) -> None:
-        spec, plain = wide_spec(), NAMES[dtype]
+        spec, plain = spec or wide_spec(), NAMES[dtype]
         self.policy: PrecisionPolicy = precision_policy(spec, plain, rollout, training)
         told = None if training.is_plain else self.policy
         settings = TrainerSettings(probe_tokens=0, precision=told)

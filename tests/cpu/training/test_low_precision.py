@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 import torch
-from low_precision_support import Pair, wide_spec
+from low_precision_support import Pair, latent_spec, wide_spec
 
 from miles.arch.precision import NumberFormat, precision_policy
 from miles.errors import CheckpointError, ConfigError
@@ -105,6 +105,16 @@ def test_experts_with_rounded_operands_have_the_gradients_of_autograd() -> None:
     found = torch.autograd.grad((ours * direction).sum(), inputs)
     for gradient, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_latent_attention_and_shared_experts_are_rounded_alike(name: str) -> None:
+    form = FORMATS[name]
+    pair, mixed = Pair(form, form, spec=latent_spec()), Pair(FP32, form, spec=latent_spec())
+    assert pair.gap() < 0.1 * mixed.gap()
+    matrices = {name for block in blocks(pair.trainer.decoder) for name in block.operands}
+    attention = set() if name == "int4" else {"down", "q", "kv_up", "o", "k"}
+    assert matrices == {"gate_up", "down"} | attention
 
 
 def test_fp8_on_both_sides_leaves_a_tenth_of_the_gap_and_a_wrong_scale_brings_it_back() -> None:
