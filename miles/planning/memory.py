@@ -43,6 +43,18 @@ class MemoryPlan:
         return sum(part.bytes for part in self.parts)
 
 
+SERVER_BYTES = 2_100 * 1024**2
+"""Resident memory of one SGLang server without its model: three processes of some 700 MiB, as measured."""
+
+
+def _server_parts(servers: int, parameters: int, width: int) -> list[MemoryPart]:
+    """Programs and weights of the servers, each a process group of its own."""
+    if servers == 0:
+        return []
+    formula = f"{servers} × (2,100 MiB of program + {parameters:,} parameters × {width} B)"
+    return [MemoryPart("SGLang servers", servers * (SERVER_BYTES + parameters * width), formula)]
+
+
 def estimate_memory(
     spec: ArchSpec,
     dtype: str,
@@ -54,21 +66,23 @@ def estimate_memory(
     packed: bool = False,
     mtp_parameters: int = 0,
     train_mtp: bool = False,
+    servers: int = 0,
 ) -> MemoryPlan:
     """Memory of policy, reference, optimizer, KV cache and one micro-batch in one process, in bytes.
 
     `cached_tokens`: see `EngineLimits.cached_tokens`; `micro_batch_tokens`: tokens of one backward pass;
     `rollout_format`: that of the engine's weights, where it is not `dtype`. The engine computes on plain
     numbers: a quantised format takes the room of `dtype`. `packed`: the decode kernel keeps its own copy.
-    `mtp_parameters`: those of the MTP layers in use.
+    `mtp_parameters`: those of the MTP layers in use. `servers`: SGLang servers beside the process.
     """
     parameters, width = spec.num_parameters(), BYTES[dtype]
     copied = rollout_format is not None and rollout_format != dtype
     engine_width = BYTES.get(rollout_format, width) if rollout_format is not None else width
-    shared = "" if copied else ", trainer and engine share"
+    shared = "" if copied or servers else ", trainer and engine share"
     parts = [
+        *_server_parts(servers, parameters, engine_width),
         MemoryPart("weights", parameters * width, f"{parameters:,} parameters × {width} B{shared}"),
-        *([_engine_weights(parameters, engine_width)] if copied else []),
+        *([_engine_weights(parameters, engine_width)] if copied and not servers else []),
         *([_packed_weights(parameters)] if packed else []),
         *([_reference(parameters, width)] if reference else []),
         MemoryPart("gradients", parameters * width, f"{parameters:,} × {width} B"),

@@ -318,6 +318,7 @@ class Subject:
             packed=self.decode is not None and self.decode.kernel == "fused",
             mtp_parameters=self._mtp_parameters,
             train_mtp=self.config.speculative.enable_mtp_training,
+            servers=self.config.engine.num_engines if self.starts_servers else 0,
         )
 
     @property

@@ -89,6 +89,13 @@ def test_quickstart_is_planned_without_writing_anything(monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sglang_servers_take_memory_of_their_own(spec: ArchSpec) -> None:
+    tokens = {"cached_tokens": 1, "micro_batch_tokens": 1}
+    without = estimate_memory(spec, "fp32", **tokens, reference=False).total_bytes
+    two = estimate_memory(spec, "fp32", **tokens, reference=False, servers=2).total_bytes
+    assert two - without == 2 * (2_100 * 1024**2 + 226_112 * 4)
+
+
 def test_memory_of_the_built_in_model_by_hand(spec: ArchSpec) -> None:
     plan = estimate_memory(spec, "fp32", cached_tokens=256 * 100, micro_batch_tokens=10, reference=False)
     parts = {part.name: part.bytes for part in plan.parts}
