@@ -45,7 +45,7 @@ class RouteShape:
 def group_body(requests: Sequence[GenerateRequest], rids: Sequence[str], routes: bool) -> dict[str, Any]:
     """The JSON of one HTTP request for several samples; they are answered together.
 
-    `rids`: one name per request, none a prefix of another (SGLang aborts by prefix).
+    `rids`: one name per request, none a prefix of another (the scheduler aborts by prefix).
     """
     return {
         "rid": list(rids),

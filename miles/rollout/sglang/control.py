@@ -50,10 +50,9 @@ class Control:
         """Forget every cached prefix; refused while requests run."""
         await self._command("/flush_cache", {})
 
-    async def abort(self, rid_prefix: str | None) -> None:
-        """End the requests whose name begins like this (None: all) with what they have."""
-        body = {"abort_all": True} if rid_prefix is None else {"rid": rid_prefix}
-        await self._command("/abort_request", body)
+    async def abort(self, rid: str) -> None:
+        """End the request of this name with what it has; none of that name: nothing happens."""
+        await self._command("/abort_request", {"rid": rid})
 
     async def model_info(self) -> dict[str, Any]:
         """Checkpoint, architecture and weight version."""

@@ -56,6 +56,7 @@ class _Call:
     group: int | None
     count: int
     parts: int = 0
+    rids: list[str] = field(default_factory=list)
     cut_off: bool = False
     aborted: bool = False
     answered: asyncio.Event = field(default_factory=asyncio.Event)
@@ -118,7 +119,7 @@ class SglangEngine:
         if not requests:
             return []
         call.parts += 1
-        rids = [f"{call.name}{call.parts}-{i}-" for i in range(len(requests))]
+        call.rids = rids = [f"{call.name}{call.parts}-{i}-" for i in range(len(requests))]
         call.answered.clear()
         try:
             body = group_body(requests, rids, routes=self._routes is not None)
@@ -148,7 +149,9 @@ class SglangEngine:
         chosen = [call for call in self._running.values() if groups is None or call.group in groups]
         for call in chosen:
             call.aborted = True
-            await self.control.abort(call.name)
+        # The server's front end drops an abort of a name that it does not know, so each is named in full.
+        rids = [rid for call in chosen for rid in call.rids]
+        await asyncio.gather(*(self.control.abort(rid) for rid in rids))
         return sum(call.count for call in chosen)
 
     async def pause(self) -> None:

@@ -39,6 +39,7 @@ class FakeSglang:
         self.generating = asyncio.Event()
         self.finish = asyncio.Event()
         self.finish.set()
+        self.asked_rids: set[str] = set()
         self.url = ""
 
     @property
@@ -121,13 +122,16 @@ class FakeSglang:
         self.version = body["weight_version"]
         return 200, {"success": True, "message": body["model_path"]}
 
-    async def _on_abort_request(self, _: Any) -> Answer:
-        self.finish.set()
+    async def _on_abort_request(self, body: Any) -> Answer:
+        self.asked_rids.discard(body["rid"])
+        if not self.asked_rids:
+            self.finish.set()
         return 200, b""
 
     async def _on_generate(self, body: Any) -> Answer:
         version = self.version
         cut, self.cut_after = self.cut_after, None
+        self.asked_rids = set(body["rid"])
         self.generating.set()
         await self.finish.wait()
         asked = zip(body["input_ids"], body["sampling_params"], strict=True)
