@@ -162,6 +162,10 @@ class AttentionSpec:
     """False: no position embedding (NoPE); `rope` is not used."""
     qk_unit: bool = False
     """Queries and keys are divided by their root mean square, behind the rotation."""
+    v_unit: bool = False
+    """Values are divided by their root mean square."""
+    keys_of: int | None = None
+    """The layer whose keys and values this one attends to; None: it has its own."""
     temperature: QueryTemperature | None = None
     """Of a layer that does not rotate."""
     latent: LatentSpec | None = None
@@ -198,7 +202,9 @@ class AttentionSpec:
 
     @property
     def k_norm_width(self) -> int:
-        """Weights of the key norm."""
+        """Weights of the key norm; 0 where there are no keys of its own."""
+        if self.keys_of is not None:
+            return 0
         return self.head_dim if self.qk_norm_over == "head" else self.kv_width
 
     @property
@@ -223,7 +229,12 @@ class AttentionSpec:
     @property
     def qkv_width(self) -> int:
         """Rows of the fused query, key and value projection."""
-        return self.query_width + 2 * self.kv_width
+        return self.query_width + 2 * self.own_kv_heads * self.head_dim
+
+    @property
+    def own_kv_heads(self) -> int:
+        """Key heads that the layer computes."""
+        return 0 if self.keys_of is not None else self.num_kv_heads
 
     def query_parameters(self, hidden_size: int) -> int:
         """Matrices of queries and output."""
@@ -238,7 +249,7 @@ class AttentionSpec:
         """Matrices of keys and values."""
         latent = self.latent
         if latent is None:
-            return 2 * self.kv_width * hidden_size
+            return 2 * self.own_kv_heads * self.head_dim * hidden_size
         up = self.num_heads * (latent.plain_dim + latent.value_dim) * latent.kv_rank
         return (latent.kv_rank + latent.rotated_dim) * hidden_size + up
 
@@ -258,6 +269,9 @@ class DenseMlpSpec:
 
     intermediate_size: int
     activation: Activation = "silu"
+    sparsity: float = 0.0
+    """Share of the gate's elements that are cut to 0, taking them as normally distributed; 0: none. The rest
+    is lowered by the cut."""
 
     def num_parameters(self, hidden_size: int) -> int:
         return 3 * hidden_size * self.intermediate_size
@@ -331,6 +345,33 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class StreamsSpec:
+    """The residual stream of Gemma 3n (https://ai.google.dev/gemma/docs/gemma-3n): of `count` streams each
+    layer computes the first and corrects the others by it (AltUp, https://arxiv.org/abs/2301.13310), beside a
+    map of low rank (LAuReL, https://arxiv.org/abs/2411.07501); every layer adds an embedding of its own.
+    """
+
+    count: int
+    laurel_rank: int
+    layer_width: int
+    """Elements of a token's embedding for one layer."""
+    layer_vocab: int
+    """Tokens that have such embeddings; others take those of token 0."""
+
+    def table_parameters(self, num_layers: int) -> int:
+        """The embeddings of all layers."""
+        return self.layer_vocab * num_layers * self.layer_width
+
+    def num_parameters(self, hidden_size: int, num_layers: int) -> int:
+        width, count = self.layer_width, self.count
+        outside = num_layers * width * hidden_size + width + 2 * (count - 1) * hidden_size**2
+        altup = count**2 + count**3 + (count + 2) * hidden_size
+        laurel = (2 * self.laurel_rank + 1) * hidden_size
+        added = (2 * width + 1) * hidden_size
+        return self.table_parameters(num_layers) + outside + num_layers * (altup + laurel + added)
+
+
+@dataclass(frozen=True)
 class MtpSpec:
     """Multi-token-prediction layers: the layer of depth k predicts token t + 2 + k at row t
     (https://arxiv.org/abs/2412.19437, section 2.2).
@@ -385,6 +426,7 @@ class ArchSpec:
     """What the embeddings of tokens are multiplied with."""
     logit_softcap: float | None = None
     """Logits z become logit_softcap · tanh(z / logit_softcap)."""
+    streams: StreamsSpec | None = None
     root: str = "model"
     """Published name of the module that holds embedding, layers and final norm."""
     other_parts: tuple[str, ...] = ()
@@ -413,6 +455,11 @@ class ArchSpec:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @cached_property
+    def shares_keys(self) -> bool:
+        """Whether a layer attends to the keys of another."""
+        return any(layer.attention.keys_of is not None for layer in self.layers)
 
     @cached_property
     def has_plain_attention(self) -> bool:
@@ -460,7 +507,8 @@ class ArchSpec:
 
     def _embedding_parameters(self) -> int:
         tables = 1 if self.tie_word_embeddings else 2
-        return tables * self.vocab_size * self.hidden_size + self.hidden_size
+        streams = self.streams.num_parameters(self.hidden_size, self.num_layers) if self.streams else 0
+        return tables * self.vocab_size * self.hidden_size + self.hidden_size + streams
 
     def _layer_parameters(self, layer: LayerSpec) -> int:
         return layer.attention.num_parameters(self.hidden_size) + layer.num_norms * self.hidden_size

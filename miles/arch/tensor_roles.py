@@ -17,6 +17,7 @@ Role = Literal[
     "attention",
     "mlp",
     "MTP projection",
+    "stream",
     "other",
 ]
 
@@ -28,6 +29,8 @@ _PATTERNS: tuple[tuple[Role, str], ...] = (
     ("router", r"\.(gate|router|shared_expert_gate|indexer\.weights_proj)\.weight$"),
     ("expert", r"\.experts\."),
     ("shared expert", r"\.shared_experts?\."),
+    ("stream", r"\.(altup|laurel|per_layer)[^.]*\."),
+    ("stream", r"\.altup\.\w+$"),
     ("MTP projection", r"(\.eh_proj|(^|\.)mtp\.fc)\.weight$"),
     ("attention", r"\.self_attn\.(\w*proj\w*|indexer\.w[qk]\w*)\.weight$"),
     ("mlp", r"\.(mlp|feed_forward|block_sparse_moe)\.\w+_proj\.weight$"),

@@ -21,7 +21,9 @@ from miles.models.numerics import FAST, Numerics
 from miles.models.projections import Projections
 from miles.models.recompute import RecomputedModule, again, once
 from miles.models.routing import Router
+from miles.models.shared_keys import SharedKeys
 from miles.models.softcap import softcapped
+from miles.models.streams import LayerAddition, Streams
 
 
 class AttentionBlock(Projections):
@@ -45,7 +47,8 @@ class AttentionBlock(Projections):
         self.qkv = nn.Parameter(torch.empty(spec.qkv_width, input_size or hidden_size, dtype=dtype))
         self.qkv_bias = nn.Parameter(torch.empty(spec.qkv_width, dtype=dtype)) if spec.qkv_bias else None
         self.q_norm = nn.Parameter(torch.empty(spec.q_norm_width, dtype=dtype)) if spec.qk_norm else None
-        self.k_norm = nn.Parameter(torch.empty(spec.k_norm_width, dtype=dtype)) if spec.qk_norm else None
+        has_k_norm = spec.qk_norm and spec.keys_of is None
+        self.k_norm = nn.Parameter(torch.empty(spec.k_norm_width, dtype=dtype)) if has_k_norm else None
         self.o = nn.Parameter(torch.empty(hidden_size, spec.query_width, dtype=dtype))
         self.o_bias = nn.Parameter(torch.empty(hidden_size, dtype=dtype)) if spec.output_bias else None
 
@@ -59,23 +62,28 @@ class AttentionBlock(Projections):
             norms = (self.q_norm, self.k_norm)
             attended = run(attention.attend_heads, heads, *norms, rotation, self.eps, spec)
             return self.project("o", attended, self.o_bias)
-        qk, v = heads.split_with_sizes((spec.num_heads + spec.num_kv_heads, spec.num_kv_heads), 1)
-        if self.q_norm is not None and self.k_norm is not None:
+        own = spec.own_kv_heads
+        qk, v = heads.split_with_sizes((spec.num_heads + own, own), 1)
+        if self.q_norm is not None:
             qk = self._normed(qk, self.q_norm, self.k_norm)
+        if spec.v_unit and own:
+            v = rms_norm(v, v.new_ones(spec.head_dim), self.eps)
         if spec.rotates:
             qk = numerics.rotate(_pairs_apart(qk) if spec.rope.interleaved else qk, rotation)
         if spec.qk_unit:
             qk = rms_norm(qk, qk.new_ones(spec.head_dim), self.eps)
-        q, k = qk.split_with_sizes((spec.num_heads, spec.num_kv_heads), 1)
+        q, k = qk.split_with_sizes((spec.num_heads, own), 1)
         if not spec.rotates:
             q = (q * rotation[:, None, None]).to(q.dtype)
         if spec.query_factor != 1.0:
             q = q * spec.query_factor
         return self.project("o", run(attention.attend, layer, q, k, v, spec), self.o_bias)
 
-    def _normed(self, qk: Tensor, q_norm: Tensor, k_norm: Tensor) -> Tensor:
-        """Queries and keys [T, H + Hkv, d] under their norms."""
+    def _normed(self, qk: Tensor, q_norm: Tensor, k_norm: Tensor | None) -> Tensor:
+        """Queries and keys [T, H + Hkv, d] under their norms; without keys of its own [T, H, d]."""
         spec = self.spec
+        if k_norm is None:
+            return rms_norm(qk, q_norm, self.eps, self.norm_plus_one)
         if spec.qk_norm_over == "head":
             norms = (q_norm.expand(spec.num_heads, -1), k_norm.expand(spec.num_kv_heads, -1))
             return rms_norm(qk, torch.cat(norms), self.eps, self.norm_plus_one)
@@ -137,6 +145,29 @@ class DecoderLayer(nn.Module):
         return self.numerics.rms_norm(x, weight, self.eps, self.norm_plus_one)
 
 
+class StreamLayer(DecoderLayer):
+    """A layer over several residual streams: it computes the first and corrects the others by it, see
+    `StreamsSpec`.
+    """
+
+    def __init__(self, spec: ArchSpec, index: int, dtype: torch.dtype) -> None:
+        super().__init__(spec, index, dtype)
+        self.addition = LayerAddition(spec, dtype)
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, rotation: Tensor, attention: Attention, router: Router, embedding: Tensor
+    ) -> Tensor:
+        """hidden [S, T, D], embedding of this layer [T, P] -> [S, T, D]."""
+        predicted = self.addition.predicted(hidden)
+        first = predicted[0]
+        normed = self._norm(first, self.input_norm)
+        attended = self.attention(normed, rotation, attention, self.index)
+        summed = first + self._norm(attended, self.attention_output_norm)
+        summed = (summed + self.addition.low_rank(normed)) / 2**0.5
+        run = again if "mlp" in self.recompute_modules else once
+        return self.addition.corrected(predicted, summed + run(self._normed_mlp, summed, router), embedding)
+
+
 class Taps:
     """What flows into some layers of one forward. Layers count from 0; their number means behind the last."""
 
@@ -167,7 +198,9 @@ class Decoder(nn.Module):
         self.recompute_num_layers = 0
         self.numerics: Numerics = FAST
         self.embed = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype))
-        self.layers = nn.ModuleList(DecoderLayer(spec, i, dtype) for i in range(spec.num_layers))
+        layer_class = DecoderLayer if spec.streams is None else StreamLayer
+        self.layers = nn.ModuleList(layer_class(spec, i, dtype) for i in range(spec.num_layers))
+        self.streams = None if spec.streams is None else Streams(spec, dtype)
         self.final_norm = nn.Parameter(torch.empty(spec.hidden_size, dtype=dtype))
         head = torch.empty(0 if spec.tie_word_embeddings else spec.vocab_size, spec.hidden_size, dtype=dtype)
         self.head = None if spec.tie_word_embeddings else nn.Parameter(head)
@@ -200,12 +233,20 @@ class Decoder(nn.Module):
         """Final-norm hidden states [T, D] of flat tokens and positions (int64 [T])."""
         hidden = self._embedded(tokens)
         rotations = self._rotations(positions)
+        if self.spec.shares_keys:
+            attention = SharedKeys(attention)
+        added: Sequence[tuple[Tensor, ...]] = [()] * len(self.layers)
+        if self.streams is not None:
+            added = [(rows,) for rows in self.streams.layer_embeddings(tokens, hidden).unbind(1)]
+            hidden = self.streams.spread(hidden)
         for index, layer in enumerate(self.layers):
             rotation = rotations[_positional(self.spec.layers[index].attention)]
             if taps is not None:
                 taps.see(index, hidden)
             run = again if index < self.recompute_num_layers else once
-            hidden = run(layer, hidden, rotation, attention, router)
+            hidden = run(layer, hidden, rotation, attention, router, *added[index])
+        if self.streams is not None:
+            hidden = self.streams.merged(hidden)
         if taps is not None:
             taps.see(len(self.layers), hidden)
         return self.numerics.rms_norm(

@@ -25,8 +25,10 @@ class DenseMlp(Projections):
 
     def forward(self, x: Tensor, router: Router) -> Tensor:
         """x [T, D] -> [T, D]; the router is for MoE layers."""
-        activation = self.numerics.swiglu if self.spec.activation == "silu" else geglu
-        return self.project("down", activation(self.project("gate_up", x)))
+        gate_up = self.project("gate_up", x)
+        if self.spec.activation == "silu":
+            return self.project("down", self.numerics.swiglu(gate_up))
+        return self.project("down", geglu(gate_up, self.spec.sparsity))
 
 
 class MoeMlp(Projections):

@@ -75,6 +75,8 @@ def model_shape(spec: ArchSpec) -> ModelShape:
         else:
             dense_mlp += layer.mlp.num_parameters(width)
     head = 0 if spec.tie_word_embeddings else table
+    if spec.streams is not None:
+        table += spec.streams.table_parameters(spec.num_layers)
     known = table + head + query + key_value + dense_mlp + router + experts
     attention = spec.layers[0].attention
     return ModelShape(

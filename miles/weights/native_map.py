@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from miles.arch import ArchSpec, DenseMlpSpec, MoeSpec, check_shapes, optional_copies, published_tensors
 from miles.arch.families import FAMILIES
+from miles.arch.families.gemma3n import STREAM_LAYER, stream_names
 from miles.arch.family import MoeNames
 from miles.arch.spec import AttentionSpec, LayerSpec
 from miles.errors import CheckpointError
@@ -190,7 +191,13 @@ def views_with_origin(spec: ArchSpec, native: Mapping[str, Tensor]) -> Iterator[
     yield "embed", spec.embedding_name, native["embed"]
     for index, layer in enumerate(spec.layers):
         yield from _layer(layer, native, f"layers.{index}", f"{spec.root}.layers.{index}", names)
+        if spec.streams is not None:
+            for ours, theirs in STREAM_LAYER.items():
+                yield _whole(native, f"layers.{index}.{ours}", f"{spec.root}.layers.{index}.{theirs}")
     yield "final_norm", f"{spec.root}.norm.weight", native["final_norm"]
+    if spec.streams is not None:
+        for ours, theirs in stream_names(spec.streams).items():
+            yield _whole(native, f"streams.{ours}", f"{spec.root}.{theirs}")
     if not spec.tie_word_embeddings:
         yield "head", spec.head_name, native["head"]
     if spec.mtp is not None:
@@ -255,14 +262,16 @@ def _attention(spec: AttentionSpec, native: Mapping[str, Tensor], ours: str, the
     if spec.latent is not None:
         yield from _latent_attention(spec, native, ours, theirs)
         return
-    widths = (spec.query_width, spec.kv_width, spec.kv_width)
+    letters = "qkv" if spec.keys_of is None else "q"
+    widths = (spec.query_width, spec.kv_width, spec.kv_width)[: len(letters)]
     fused = {"qkv": "weight"} | ({"qkv_bias": "bias"} if spec.qkv_bias else {})
     for name, kind in fused.items():
-        for letter, view in zip("qkv", native[f"{ours}.{name}"].split(widths), strict=True):
+        for letter, view in zip(letters, native[f"{ours}.{name}"].split(widths), strict=True):
             yield f"{ours}.{name}", f"{theirs}.{letter}_proj.{kind}", view
     if spec.qk_norm:
         yield _whole(native, f"{ours}.q_norm", f"{theirs}.q_norm.weight")
-        yield _whole(native, f"{ours}.k_norm", f"{theirs}.k_norm.weight")
+        if spec.keys_of is None:
+            yield _whole(native, f"{ours}.k_norm", f"{theirs}.k_norm.weight")
     yield _whole(native, f"{ours}.o", f"{theirs}.o_proj.weight")
     if spec.output_bias:
         yield _whole(native, f"{ours}.o_bias", f"{theirs}.o_proj.bias")

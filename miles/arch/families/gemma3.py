@@ -60,13 +60,18 @@ def read_ropes(config: HfConfig) -> dict[str, RopeSpec]:
 
 
 def _write_text(spec: ArchSpec) -> dict[str, Any]:
+    return gemma_hf_config(spec) | write_ropes(spec)
+
+
+def write_ropes(spec: ArchSpec) -> dict[str, Any]:
+    """What `read_ropes` reads."""
     full, windowed = gemma_like.rope_of(spec, windowed=False), gemma_like.rope_of(spec, windowed=True)
     told: dict[str, Any] = {}
     if full is not None:
         told |= {"rope_theta": full.theta, "rope_scaling": rope_scaling(full)}
     if windowed is not None:
         told |= {"rope_local_base_freq": windowed.theta}
-    return gemma_hf_config(spec) | told
+    return told
 
 
 def _write_whole(spec: ArchSpec) -> dict[str, Any]:

@@ -135,13 +135,14 @@ def attention_tensors(prefix: str, attention: AttentionSpec, hidden_size: int) -
     """Norms and attention of one layer; `prefix` is `model.layers.<i>`."""
     yield f"{prefix}.input_layernorm.weight", (hidden_size,)
     widths = (("q", attention.query_width), ("k", attention.kv_width), ("v", attention.kv_width))
-    for letter, width in widths:
+    for letter, width in widths if attention.keys_of is None else widths[:1]:
         yield f"{prefix}.self_attn.{letter}_proj.weight", (width, hidden_size)
         if attention.qkv_bias:
             yield f"{prefix}.self_attn.{letter}_proj.bias", (width,)
     if attention.qk_norm:
         yield f"{prefix}.self_attn.q_norm.weight", (attention.q_norm_width,)
-        yield f"{prefix}.self_attn.k_norm.weight", (attention.k_norm_width,)
+        if attention.keys_of is None:
+            yield f"{prefix}.self_attn.k_norm.weight", (attention.k_norm_width,)
     yield f"{prefix}.self_attn.o_proj.weight", (hidden_size, attention.query_width)
     if attention.output_bias:
         yield f"{prefix}.self_attn.o_proj.bias", (hidden_size,)

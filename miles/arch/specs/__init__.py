@@ -34,5 +34,5 @@ def shipped_spec(name: str) -> ArchSpec:
 
 def _family_then_size(name: str) -> tuple[str, float]:
     """Some models are known by their name alone: `deepseek-v3`."""
-    found = re.fullmatch(r"(.+?)-([\d.]+)b(?:-.*)?", name)
+    found = re.fullmatch(r"(.+?)-e?([\d.]+)b(?:-.*)?", name)
     return (found[1], float(found[2])) if found else (name, 0.0)

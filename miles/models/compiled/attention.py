@@ -53,6 +53,7 @@ class CompiledAttention:
         whole = spec.rotary_width == spec.head_dim and spec.head_dim % HEAD_STEP == 0
         usual = spec.is_plain and spec.query_factor == 1.0 and spec.rotates
         usual = usual and not spec.rope.interleaved and not spec.qk_unit
+        usual = usual and not spec.v_unit and spec.keys_of is None
         normed = not spec.qk_norm or (spec.qk_norm_over == "head" and not norm_plus_one)
         return whole and usual and normed and plain(heads)
 

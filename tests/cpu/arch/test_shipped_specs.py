@@ -46,6 +46,8 @@ PUBLISHED = {
     "gemma-2-2b": (2.6e9, 2_614_341_888),
     "gemma-2-9b": (9.24e9, 9_241_705_984),
     "gemma-2-27b": (27.2e9, 27_227_128_320),
+    "gemma-3n-e2b": (5.44e9, 5_439_438_272),
+    "gemma-3n-e4b": (7.85e9, 7_849_978_192),
     "gemma-3-1b": (1.0e9, 999_885_952),
     "gemma-3-4b": (4.3e9, 4_300_079_472),
     "gemma-3-12b": (12.2e9, 12_187_325_040),
@@ -56,6 +58,9 @@ STORES_TIED_HEAD = ("qwen3-0.6b", "qwen3-1.7b")
 
 SIGLIP, SIGLIP_WIDTH = 416_866_032, 1152
 """Parameters of the vision tower of Gemma 3, which three sizes share, and its width."""
+GEMMA3N_TOWERS = 983_281_504
+"""Parameters of the towers for pictures and sound, which both sizes of Gemma 3n share. Keys and values of
+layers that use those of others are published as well."""
 LLAMA4_VISION = 871_932_416
 """Parameters beside the language model of Llama 4, which both sizes share."""
 
@@ -116,6 +121,9 @@ def test_parameter_counts(name: str) -> None:
 
 def _other_parts(spec: ArchSpec) -> int:
     """Parameters beside the language model: the vision tower and the projection behind it."""
+    if spec.family == "gemma3n":
+        unused = [x.attention for x in spec.layers if x.attention.keys_of is not None]
+        return GEMMA3N_TOWERS + sum(2 * x.kv_width * spec.hidden_size + x.head_dim for x in unused)
     if spec.family == "llama4":
         return LLAMA4_VISION
     return SIGLIP + (SIGLIP_WIDTH * spec.hidden_size + SIGLIP_WIDTH)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from miles.arch import check_weights, load_spec
+from miles.arch import check_weights, load_spec, spec_from_hf_config, to_hf_config
+from miles.arch.checkpoint import read_json
 from miles.models.attention import PackedAttention
 from miles.models.decoder import Decoder
 from miles.models.kv_cache import KVCache
@@ -87,6 +90,48 @@ def test_logits_and_gradients_are_those_of_transformers(name: str, checkpoints, 
     for key, grad in published_views(decoder.spec, native):
         scale = gradients[key].abs().max()
         assert (grad - gradients[key]).abs().max() <= 1e-4 * scale, key
+
+
+@FAMILIES
+def test_layers_that_run_again_in_backward_have_the_same_gradients(name: str, checkpoints) -> None:
+    directory, _ = checkpoints[name]
+    tokens, gradients = sequences(CASES[name], (19, 6)), []
+    for again in (False, True):
+        decoder = decoder_of(directory)
+        if again:
+            decoder.recompute_num_layers = decoder.spec.num_layers
+            decoder.recompute(frozenset({"core_attn", "mlp"}))
+        packed(decoder, tokens).square().sum().backward()
+        gradients.append([parameter.grad for parameter in decoder.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_gemma3n_with_towers_and_unused_keys_is_read_and_written_back(checkpoints, tmp_path: Path) -> None:
+    """As published: another prefix, tensors of towers, keys of layers that use those of others."""
+    directory, _ = checkpoints["gemma3n_text"]
+    config = read_json(directory / "config.json")
+    outer = {"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n"}
+    spec = spec_from_hf_config(outer | {"text_config": config, "torch_dtype": "float32"})
+    tensors = {key.replace("model.", "model.language_model.", 1): x for key, x in read_hf(directory)}
+    tensors["model.vision_tower.stem.weight"] = torch.randn(3, 2)
+    last, width = spec.num_layers - 1, spec.layers[-1].attention.kv_width
+    tensors[f"{spec.root}.layers.{last}.self_attn.k_proj.weight"] = torch.randn(width, spec.hidden_size)
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file(tensors, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(outer | {"text_config": config, "torch_dtype": "float32"}))
+    assert load_spec(source) == spec == spec_from_hf_config(to_hf_config(spec))
+    decoder = decoder_of(source)
+    assert torch.equal(
+        packed(decoder, sequences(CASES["gemma3n_text"])),
+        packed(decoder_of(directory), sequences(CASES["gemma3n_text"])),
+    )
+    write_hf(tmp_path / "again", spec, to_published(decoder), source_dir=source)
+    again = dict(read_hf(tmp_path / "again"))
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
 
 
 @FAMILIES

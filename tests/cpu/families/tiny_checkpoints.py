@@ -93,6 +93,15 @@ _LLAMA4 = {
     "eos_token_id": None,
 }
 
+_GEMMA3N = _GEMMA3 | {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 3,
+    "activation_sparsity_pattern": [0.7, 0.6, 0.0, 0.0, 0.0, 0.0],
+    "intermediate_size": [26, 22, 18, 26, 22, 18],
+    "final_logit_softcapping": 9.0,
+}
+
 _LLAMA4_VISION = {
     "vision_config": {
         "hidden_size": 8,
@@ -133,6 +142,14 @@ CASES: dict[str, Case] = {
         inside=_GEMMA3
         | {"vocab_size": 41, "hidden_size": 24, "intermediate_size": 20, "head_dim": 8}
         | {"num_attention_heads": 3, "num_key_value_heads": 3, "query_pre_attn_scalar": 8},
+    ),
+    "gemma3n_text": Case(
+        "Gemma3nForCausalLM",
+        _GEMMA3N
+        | {"vocab_size": 45, "vocab_size_per_layer_input": 40, "hidden_size": 28, "head_dim": 6}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "laurel_rank": 5}
+        | {"hidden_size_per_layer_input": 6, "altup_num_inputs": 3},
+        vocab_size=45,
     ),
     "llama4_text": Case(
         "Llama4ForCausalLM",
