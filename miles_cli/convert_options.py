@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from miles.arch.precision import FormatName, NumberFormat
 from miles.config.suggest import closest, did_you_mean
-from miles.errors import ConfigError, MilesError, Unavailable
+from miles.errors import ConfigError, MilesError
 
 if TYPE_CHECKING:
     from miles.weights.convert import Wanted
@@ -18,7 +18,8 @@ PLAIN = ("bf16", "fp16", "fp32")
 QUANTISED: tuple[FormatName, ...] = ("fp8", "fp8_channel", "fp8_tensor", "mxfp8", "nvfp4", "int4", "int8")
 LAYOUTS = ("dcp", "native")
 TARGETS = (*PLAIN, *QUANTISED, *LAYOUTS)
-MEGATRON = ("torch_dist", "megatron")
+MEGATRON = ("torch_dist",)
+"""Written and read by megatron-core (`megatron_convert`)."""
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
@@ -76,13 +77,7 @@ def options_of_run(name: str, options: Options) -> Options:
 
 
 def wanted_of(options: Options) -> Wanted:
-    """Raises ConfigError with every problem, and Unavailable for Megatron's format."""
-    if options.to in MEGATRON:
-        raise Unavailable(
-            f"{options.to} is written by the Megatron trainer, which is not there yet",
-            where="--to",
-            fix=f"choose one of {', '.join(TARGETS)}",
-        )
+    """Raises ConfigError with every problem."""
     if problems := list(_problems(options)):
         raise ConfigError(*problems)
 
@@ -113,7 +108,8 @@ def _format(options: Options) -> NumberFormat | None:
 def _problems(options: Options) -> Iterator[MilesError]:
     to = options.to
     if to is not None and to not in TARGETS:
-        fix = did_you_mean(closest(to, TARGETS), f"choose one of {', '.join(TARGETS)}")
+        known = (*TARGETS, *MEGATRON)
+        fix = did_you_mean(closest(to, known), f"choose one of {', '.join(known)}")
         yield MilesError(f"{to!r} is no format", where="--to", fix=fix)
         return
     if to is None and options.mtp_num_layers is None:

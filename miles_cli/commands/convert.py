@@ -25,9 +25,9 @@ FORMATS, EXCEPTIONS, FILES = "Formats", "Exceptions", "Run"
 
 
 def _complete_format(incomplete: str) -> list[str]:
-    from miles_cli.convert_options import TARGETS
+    from miles_cli.convert_options import MEGATRON, TARGETS
 
-    return [name for name in TARGETS if name.startswith(incomplete)]
+    return [name for name in (*TARGETS, *MEGATRON) if name.startswith(incomplete)]
 
 
 @app.command(epilog=EPILOG)
@@ -37,7 +37,7 @@ def convert(
         typer.Argument(
             metavar="SOURCE",
             help="Directory of a checkpoint: Hugging Face (plain, FP8, MXFP8, NVFP4, INT4, INT8), torch DCP, "
-            "or a step of a run's checkpoints.",
+            "a step of a run's checkpoints, or Megatron's torch_dist.",
         ),
     ],
     target: Annotated[
@@ -49,7 +49,8 @@ def convert(
             "--to",
             metavar="FORMAT",
             help="bf16, fp16, fp32 · fp8 (blocks of 128x128), fp8_channel, fp8_tensor, mxfp8, nvfp4, int4, "
-            "int8 · dcp (torch's distributed checkpoint), native (a step of a run). Left out: as it is.",
+            "int8 · dcp (torch's distributed checkpoint), native (a step of a run), torch_dist (Megatron's, "
+            "bit for bit). Left out: as it is.",
             autocompletion=_complete_format,
             rich_help_panel=FORMATS,
         ),
@@ -202,13 +203,26 @@ def convert(
         max_shard_size=max_shard_size,
         no_save_optim=no_save_optim,
     )
+    from miles_cli.megatron_convert import concerns_megatron, convert_megatron
+
+    if for_run is None and concerns_megatron(source, options):
+        answer = convert_megatron(source, target, origin, options, dry_run)
+        _tell(answer, as_json)
+        return
     wanted = wanted_of(options if for_run is None else options_of_run(for_run, options))
     plan = _plan(source, target, origin, wanted)
     answer = _carried_out(plan, workers, not no_verify, check_logits, dry_run, as_json)
     if as_json:
-        from miles_cli.render.json_text import json_text
+        _tell(answer, as_json)
 
-        typer.echo(json_text(answer))
+
+def _tell(answer: dict[str, Any], as_json: bool) -> None:
+    if not as_json:
+        typer.echo("\n".join(f"{name}: {value}" for name, value in answer.items()))
+        return
+    from miles_cli.render.json_text import json_text
+
+    typer.echo(json_text(answer))
 
 
 def _plan(source: Path, target: Path, origin: Path | None, wanted: Wanted) -> Conversion:

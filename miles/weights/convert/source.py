@@ -71,14 +71,19 @@ def open_source(directory: Path, config_dir: Path | None = None) -> Source:
 
 def refuse_megatron(directory: Path) -> None:
     """Unavailable for a checkpoint of Megatron: its tensors have Megatron's names and shards."""
-    described = directory / "metadata.json"
-    is_megatron = described.is_file() and "sharded_backend" in read_json(described)
-    if is_megatron or any((directory / name).is_file() for name in _MEGATRON_FILES):
+    if is_megatron(directory):
         raise Unavailable(
-            "a checkpoint of Megatron, which is read with the Megatron trainer: that is not there yet",
+            "a checkpoint of Megatron, which is read with the Megatron trainer",
             where=str(directory),
-            fix="convert it with Megatron's own tools into a Hugging Face checkpoint first",
+            fix="make a Hugging Face checkpoint of it first: miles convert SOURCE TARGET",
         )
+
+
+def is_megatron(directory: Path) -> bool:
+    """Whether a directory holds a checkpoint of Megatron, or names the newest of several."""
+    described = directory / "metadata.json"
+    named = described.is_file() and "sharded_backend" in read_json(described)
+    return named or any((directory / name).is_file() for name in _MEGATRON_FILES)
 
 
 def model_directory(directory: Path) -> Path:

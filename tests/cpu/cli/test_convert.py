@@ -137,7 +137,7 @@ def test_mistakes_are_one_message(convert: Convert, tmp_path: Path) -> None:
         ("nowhere target --to fp8", 1, "nowhere: no such directory"),
         ("base target", 2, "neither a format nor MTP layers"),
         ("base target --to fp9", 2, "did you mean fp8?"),
-        ("base target --to torch_dist", 4, "torch_dist is written by the Megatron trainer"),
+        ("base target --to torch_dist --dtype bf16", 2, "torch_dist checkpoint are copied as they are"),
         ("base target --to fp8 --group-size 64", 2, "--group-size: has no effect without --to int4"),
         ("base target --to bf16 --dtype fp32", 2, "--dtype: has no effect"),
         ("base target --to bf16 --num-layers-at-end-in-bf16 1", 2, "has no effect without a quantised"),

@@ -69,6 +69,15 @@ def train(
     return [{name: row[name] for name in NAMES if name in row} for row in results], weights(trainer)
 
 
+def held(parallel: DataParallel, **how: Any) -> tuple[Weights, Weights]:
+    """Weights and first moments as they lie after loading."""
+    trainer = make(parallel, **how)
+    moments = trainer.tensors.published(
+        torch.float32, lambda parameter: trainer.optimizer.moment(parameter, "exp_avg"), everywhere=True
+    )
+    return weights(trainer), {name: tensor.clone() for name, tensor in moments}
+
+
 def drift(parallel: DataParallel, batches: list[TrainBatch], **how: Any) -> float:
     """How far this rank's copy of what all ranks should hold alike is from the first rank's."""
     trainer = make(parallel, **how)

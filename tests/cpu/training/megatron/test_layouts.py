@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from miles.arch import ArchSpec
+from miles.planning.layout import Layout, layout_problems
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.settings import OptimizerSettings, TrainerSettings
 
@@ -50,3 +52,52 @@ def test_two_processes_equal_one(layout: str, outcomes: dict[str, Any]) -> None:
     for name, tensor in weights.items():
         assert (tensor - alone[name]).abs().mean() <= 1e-5, name
         assert torch.isfinite(tensor).all()
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    world: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, spec: ArchSpec, make_batches: Any
+) -> dict[str, Any]:
+    """A run under TP2 that saved after two steps, its next two, and those of other layouts from there."""
+    root = tmp_path_factory.mktemp("resumed")
+    batches, how = make_batches(spec, 4), {"spec": spec, "settings": SETTINGS}
+    saved = root / "saved"
+    saved.mkdir()
+    first = LAYOUTS["TP2 with sequence parallelism and ETP2"]
+    cases: dict[str, Any] = {
+        "whole": (
+            "train",
+            how | {"layout": first, "batches": batches[:2], "then": batches[2:], "save": saved},
+        )
+    }
+    for name, layout in LAYOUTS.items():
+        cases[name] = ("train", how | {"layout": layout, "batches": batches[2:], "load": saved})
+        cases[f"held {name}"] = ("held", how | {"layout": layout, "load": saved})
+    results: dict[str, Any] = world(2, root / "two", cases)[0]
+    return results
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_of_one_layout_goes_on_in_any_other(layout: str, resumed: dict[str, Any]) -> None:
+    """Weights and moments are the same bits; what is computed from them, the same up to rounding."""
+    weights, moments = resumed[f"held {layout}"]
+    expected, kept = resumed["held TP2 with sequence parallelism and ETP2"]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in moments.items())
+    assert any(tensor.abs().max() > 0 for tensor in moments.values())
+    for row, right in zip(resumed[layout][0], resumed["whole"][0][2:], strict=True):
+        assert row["train/loss"] == pytest.approx(right["train/loss"], abs=1e-4)
+        assert row["train/grad_norm"] == pytest.approx(right["train/grad_norm"], rel=1e-3)
+
+
+def test_experts_drift_apart_where_preflight_refuses_the_layout(
+    world: Callable[..., Any], tmp_path: Path, spec: ArchSpec, make_batches: Any
+) -> None:
+    """LAY6: TP2 with ETP1 and EP1 gives every rank whole experts, and each trains them on its own tokens."""
+    layout = MegatronLayout(tp=2, sequence_parallel=True)
+    assert [problem.rule for problem in layout_problems(Layout(2, tp=2, sequence_parallel=True), spec)] == [
+        "LAY6"
+    ]
+    how = {"spec": spec, "settings": SETTINGS, "layout": layout, "batches": make_batches(spec, 3)}
+    results = world(2, tmp_path / "two", {"drift": ("drift", how)})
+    assert results[0]["drift"] == 0 and results[1]["drift"] > 1e-3

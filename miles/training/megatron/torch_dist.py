@@ -1,0 +1,114 @@
+"""Megatron's distributed checkpoints (`torch_dist`): weights under Megatron's own names, in any layout.
+
+Written and read by megatron-core itself. Beside its files lie config.json and the tokenizer, so that the
+checkpoint says what it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from miles.arch import ArchSpec, load_spec, to_hf_config, with_mtp_depth
+from miles.arch.checkpoint import read_json
+from miles.arch.hf_config import HF_DTYPE_NAMES
+from miles.errors import CheckpointError
+from miles.training.megatron import cpu
+from miles.training.megatron.groups import open_groups
+from miles.training.megatron.layout import MegatronLayout, require_expressible
+from miles.training.settings import TrainerSettings
+from miles.weights.atomic import staged_directory
+from miles.weights.hf import TORCH_DTYPES, copy_companions, read_hf, write_hf
+
+VERSION = 1
+"""Of the torch_dist format, as megatron-core counts it."""
+
+
+def hf_to_torch_dist(source: Path, target: Path) -> int:
+    """Write the weights of a Hugging Face checkpoint as `torch_dist`, bit for bit; the number of tensors.
+
+    Raises CheckpointError when the target exists or the source is damaged, MilesError for a model that the
+    Megatron trainer does not carry.
+    """
+    spec = load_spec(source)
+    with staged_directory(target) as stage:
+        count = _write(stage, spec, read_hf(source), TORCH_DTYPES[spec.dtype])
+        config = to_hf_config(spec) | read_json(source / "config.json")
+        config = with_mtp_depth(config, 0) | {"torch_dtype": HF_DTYPE_NAMES[spec.dtype]}
+        (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_companions(source, stage)
+    return count
+
+
+def torch_dist_to_hf(source: Path, target: Path, config_dir: Path | None = None) -> int:
+    """Write the weights of a `torch_dist` checkpoint as a Hugging Face checkpoint, bit for bit.
+
+    Args:
+        config_dir: where config.json and the tokenizer are, if not in `source`.
+    """
+    source = _newest(source)
+    described = config_dir or source
+    spec = load_spec(described)
+    tensors = dict(_read(source, spec, TORCH_DTYPES[spec.dtype]))
+    write_hf(target, spec, tensors.items(), described, spec.dtype)
+    return len(tensors)
+
+
+def _newest(directory: Path) -> Path:
+    """The checkpoint itself, where a directory of Megatron's holds one for each of several iterations."""
+    pointer = directory / "latest_checkpointed_iteration.txt"
+    if not pointer.is_file():
+        return directory
+    name = pointer.read_text(encoding="utf-8").strip()
+    return directory / (f"iter_{int(name):07d}" if name.isdigit() else name)
+
+
+def _model(spec: ArchSpec, dtype: torch.dtype) -> Any:
+    """One chunk that holds all of the model, without a trainer around it, and its tensors by name."""
+    require_expressible(spec)
+    layout, device = MegatronLayout(), torch.device("cpu")
+    open_groups(layout, spec.num_layers)
+    from miles.training.megatron.chunks import built
+    from miles.training.megatron.tensors import MegatronTensors
+
+    chunks = built(spec, layout, TrainerSettings(), dtype, device)
+    return chunks.bare[0], MegatronTensors(spec, chunks.bare, device)
+
+
+def _dist_checkpointing() -> Any:
+    """megatron-core's module, whose parts are imported late and must find a machine without CUDA too."""
+    module = importlib.import_module("megatron.core.dist_checkpointing")
+    for part in ("torch", "filesystem_async", "async_utils", "common"):
+        importlib.import_module(f"megatron.core.dist_checkpointing.strategies.{part}")
+    cpu.install()
+    return module
+
+
+def _write(directory: Path, spec: ArchSpec, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> int:
+    model, named = _model(spec, dtype)
+    named.load(tensors, where="the source")
+    dist_checkpointing = _dist_checkpointing()
+    dist_checkpointing.save(model.sharded_state_dict(prefix=""), str(directory), ("torch_dist", VERSION))
+    return len(named.names)
+
+
+def _read(directory: Path, spec: ArchSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    model, named = _model(spec, dtype)
+    dist_checkpointing = _dist_checkpointing()
+    try:
+        state = dist_checkpointing.load(model.sharded_state_dict(prefix=""), str(directory))
+    except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint cannot be read as {spec.architecture}: {error}",
+            where=str(directory),
+            fix="name the checkpoint that has its config.json: --origin-hf-dir",
+        ) from error
+    weights = {name: value for name, value in state.items() if torch.is_tensor(value)}
+    model.load_state_dict(weights, strict=False)
+    yield from named.published(dtype)
