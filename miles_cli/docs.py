@@ -12,6 +12,7 @@ GENERATORS = (
     "miles.planning.reference",
     "miles.planning.scale_page",
     "miles_cli.dashboard.reference",
+    "miles_cli.memory_reference",
 )
 OUTPUT = "docs/reference"
 

@@ -18,11 +18,12 @@ from miles.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_BITS = {
+DTYPE_BITS = {
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32,
     "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8, "U8": 8,
     "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
 }  # fmt: skip
+"""Bits of a number by its code."""
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -121,7 +122,7 @@ def _entry(name: str, raw: Any, path: Path, data_start: int) -> TensorEntry:
         dtype, shape, (begin, end) = raw["dtype"], tuple(raw["shape"]), raw["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"damaged header entry for {name}: {error!r}", where=str(path)) from error
-    if dtype not in _BITS or (prod(shape) * _BITS[dtype] + 7) // 8 != end - begin:
+    if dtype not in DTYPE_BITS or (prod(shape) * DTYPE_BITS[dtype] + 7) // 8 != end - begin:
         raise CheckpointError(
             f"damaged header entry for {name}: {dtype} {list(shape)} in {end - begin:,} bytes",
             where=str(path),

@@ -24,11 +24,12 @@ from miles.models.compiled.library import Library
 from miles.models.compiled.numerics import CompiledNumerics
 from miles.models.invariance import find_exact_numerics
 from miles.models.numerics import FAST, Numerics
-from miles.models.recompute import RECOMPUTED_MODULES, RecomputedModule
+from miles.models.recompute import RECOMPUTED_MODULES
 from miles.orchestration.decode_kernel import train_library
 from miles.orchestration.rollout_worker import EvalSet
 from miles.planning.facts import eval_sets
 from miles.planning.plan import Plan
+from miles.planning.recompute import plan_recompute
 from miles.planning.speculation import mtp_training_steps
 from miles.precision.weight_format import PLAIN
 from miles.rollout.collect import CollectSettings
@@ -54,6 +55,7 @@ DTYPES = PLAIN
 def trainer_settings(config: RunConfig, plan: Plan, spec: ArchSpec) -> TrainerSettings:
     """What a trainer is told."""
     training, optimizer, replay = config.training, config.optimizer, plan.routing_replay
+    recompute = plan_recompute(config, spec.num_layers)
     return TrainerSettings(
         optimizer=OptimizerSettings(
             lr=optimizer.lr,
@@ -69,8 +71,8 @@ def trainer_settings(config: RunConfig, plan: Plan, spec: ArchSpec) -> TrainerSe
         max_tokens_per_micro_batch=plan.micro_batch_tokens,
         micro_batch_size=None if plan.micro_batch_tokens is not None else plan.micro_batch_size,
         replay_routes=replay,
-        recompute_num_layers=_recomputed_layers(config, spec),
-        recompute_modules=_recomputed_modules(config),
+        recompute_num_layers=recompute.layers,
+        recompute_modules=frozenset(module for module in RECOMPUTED_MODULES if module in recompute.modules),
         log_probs_chunk_size=training.log_probs_chunk_size if training.log_probs_chunk_size > 0 else None,
         moe_aux_loss_coeff=training.moe_aux_loss_coeff,
         train_mtp=config.speculative.enable_mtp_training,
@@ -339,23 +341,6 @@ def _correction(config: RunConfig) -> ImportanceCorrection | None:
     if correction.tis_threshold is not None:
         return ImportanceCorrection.within_threshold(correction.tis_threshold)
     return ImportanceCorrection(correction.tis_clip_low, correction.tis_clip)
-
-
-def _recomputed_layers(config: RunConfig, spec: ArchSpec) -> int:
-    training = config.training
-    if training.recompute_granularity != "full":
-        return 0
-    if training.recompute_method == "block" and training.recompute_num_layers is not None:
-        return min(training.recompute_num_layers, spec.num_layers)
-    return spec.num_layers
-
-
-def _recomputed_modules(config: RunConfig) -> frozenset[RecomputedModule]:
-    training = config.training
-    if training.recompute_granularity != "selective":
-        return frozenset()
-    chosen = training.recompute_modules or ("core_attn",)
-    return frozenset(module for module in RECOMPUTED_MODULES if module in chosen)
 
 
 def _fault(text: str | None, steps_per_rollout: int) -> FaultInjection | None:

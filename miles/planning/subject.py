@@ -22,6 +22,7 @@ from miles.planning.hardware import Hardware
 from miles.planning.layout import Layout
 from miles.planning.memory import MemoryPlan, estimate_memory
 from miles.planning.precision import plan_precision
+from miles.planning.recompute import plan_recompute
 from miles.planning.scale import (
     ScalePlan,
     ScaleRequest,
@@ -31,7 +32,8 @@ from miles.planning.scale import (
     plan_scale,
 )
 from miles.planning.server_args import plan_server_args
-from miles.planning.speculation import SpeculationPlan, mtp_layers, plan_speculation
+from miles.planning.speculation import OWN_DRAFT, SpeculationPlan, mtp_layers, plan_speculation
+from miles.planning.stored_bytes import StoredBytes, stored_bytes
 from miles.planning.threads import ThreadPlan, plan_threads
 from miles.planning.train_kernel import plan_train_kernel
 from miles.planning.workers import WorkersPlan, plan_workers, trainer_ranks
@@ -319,7 +321,41 @@ class Subject:
             mtp_parameters=self._mtp_parameters,
             train_mtp=self.config.speculative.enable_mtp_training,
             servers=self.config.engine.num_engines if self.starts_servers else 0,
+            recompute=plan_recompute(self.config, self.spec.num_layers),
+            stored=self._stored_bytes,
+            rounds=self.precision is not None and not self.precision.training.is_plain,
+            draft_numbers=self._draft_numbers,
+            route_bytes=self._route_bytes,
+            packet=self.executor == "ray" and self.decode is not None,
         )
+
+    @property
+    def _stored_bytes(self) -> StoredBytes | None:
+        """Of the engine's weights, where they are quantised."""
+        policy = self.precision
+        if policy is None or self.spec is None or policy.rollout.is_plain:
+            return None
+        return stored_bytes(self.spec.policy, policy)
+
+    @property
+    def _draft_numbers(self) -> int:
+        """What the cache of the model's own draft holds of a token. A draft with a checkpoint of its own,
+        whose size is not known here, is not counted."""
+        plan = self.speculation
+        own = plan is not None and plan.algorithm in OWN_DRAFT and plan.draft_model_path is None
+        if not own or self.spec is None:
+            return 0
+        used = with_mtp(self.spec, mtp_layers(self.config, self.spec.mtp_num_layers)).mtp
+        return 0 if used is None else sum(layer.attention.cache_width for layer in used.layers)
+
+    @property
+    def _route_bytes(self) -> int:
+        """Of the routes of one rollout at its longest, int16."""
+        spec, batch, context = self.spec, self.batch, self.max_context_len
+        assert spec is not None and batch is not None and context is not None
+        if not self.routing_replay:
+            return 0
+        return batch.samples_per_rollout * context * len(spec.moe_layers) * spec.top_k * 2
 
     @property
     def _mtp_parameters(self) -> int:
