@@ -54,7 +54,7 @@ def checkpoint(wide: ArchSpec, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_converted_checkpoint_has_the_planned_bytes(
     name: str, wide: ArchSpec, checkpoint: Path, tmp_path: Path
 ) -> None:
-    convert(plan_conversion(open_source(checkpoint), Wanted(FORMATS[name])), tmp_path / name)
+    convert(plan_conversion(open_source(checkpoint), tmp_path / name, Wanted(FORMATS[name])), workers=1)
     written = sum(tensor.nbytes for _, tensor in read_hf(tmp_path / name))
     planned = stored_bytes(wide, precision_policy(wide, "bf16", FORMATS[name]))
     assert written == planned.total
