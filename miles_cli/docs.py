@@ -6,6 +6,7 @@ import runpy
 import sys
 
 GENERATORS = (
+    "miles_cli.family_table",
     "miles.config.reference",
     "miles.record.reference",
     "miles.diagnosis.reference",
