@@ -320,8 +320,10 @@ TRAIN = (
 )
 
 
-def test_twenty_steps_of_grpo_on_sglang_samples_raise_the_reward(cli: Cli) -> None:
-    done = cli(*TRAIN, "--num-rollout", "20", "--check-weight-update-equal", timeout=900)
+@pytest.mark.parametrize("trainer", ["native", "megatron"])
+def test_twenty_steps_of_grpo_on_sglang_samples_raise_the_reward(cli: Cli, trainer: str) -> None:
+    size = ("--num-rollout", "20", "--check-weight-update-equal")
+    done = cli(*TRAIN, *size, "--train-backend", trainer, timeout=900)
     assert done.returncode == 0, done.stderr
     run = cli.only_run()
     summary = summary_of(run)
