@@ -79,6 +79,7 @@ def test_a_published_checkpoint_is_written_back_bit_for_bit(
     assert (tmp_path / "again" / "config.json").read_text() == (source / "config.json").read_text()
 
 
+@pytest.mark.slow
 @each_family
 @pytest.mark.parametrize("form", ["fp8", "int4"])
 def test_a_quantised_checkpoint_stands_for_the_rounded_weights(
