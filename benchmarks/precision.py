@@ -1,10 +1,11 @@
-"""The number formats on a CPU: error, bytes and speed of each cast, beside torch's own casts.
+"""The number formats on a CPU: each cast beside torch's own, the gap between both sides, the reward reached.
 
-    python benchmarks/precision.py --write docs/benchmarks.md
+    python benchmarks/precision.py [--part casts gap reward] --write docs/benchmarks.md
 
-Error: ||rounded - exact|| / ||exact|| in fp32, of Gaussian weights and of weights of which one in a thousand
-is ten times larger. Speed: processor nanoseconds a weight, one thread, the least of several turns taken in
-rotation. Memory: what a process holds beyond the weights and the result while it rounds them (Linux).
+`gap`, `reward`: see `low_precision/`. Of the casts: Error: ||rounded - exact|| / ||exact|| in fp32, of
+Gaussian weights and of weights of which one in a thousand is ten times larger. Speed: processor nanoseconds
+a weight, one thread, the least of several turns taken in rotation. Memory: what a process holds beyond the
+weights and the result while it rounds them (Linux).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from laptop.machine import cores, load, processor
 from laptop.page import write_section
+from low_precision import gap, reward
 from torch import Tensor
 
 from miles.arch.precision import NumberFormat
@@ -159,20 +162,43 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gap_table() -> str:
+    head = (
+        f"{time.strftime('%Y-%m-%d')}, {processor()}, {cores()} cores, torch {torch.__version__}, one thread."
+    )
+    return f"{head} {gap.markdown(gap.measure())}"
+
+
+def reward_table() -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        return f"{time.strftime('%Y-%m-%d')}, {processor()}. {reward.markdown(reward.measure(Path(scratch)))}"
+
+
+PARTS: dict[str, tuple[str, Callable[[], str]]] = {
+    "casts": ("precision", lambda: markdown(measure_all())),
+    "gap": ("precision_gap", gap_table),
+    "reward": ("precision_reward", reward_table),
+}
+"""Section of the page, and what measures it."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--part", choices=list(PARTS), nargs="+", default=list(PARTS))
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     parser.add_argument("--extra", choices=list(FORMATS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.extra is not None:
         print_extra(options.extra)
         return
-    text = markdown(measure_all())
-    if options.write is not None:
-        write_section(options.write, "precision", text)
-    print(text)
+    for part in options.part:
+        section, measured = PARTS[part]
+        text = measured()
+        if options.write is not None:
+            write_section(options.write, section, text)
+        print(text)
 
 
 if __name__ == "__main__":

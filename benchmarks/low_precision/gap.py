@@ -25,8 +25,7 @@ from miles.training.settings import TrainerSettings
 from miles.weights.low_precision import as_stored
 
 GAP = "train/train_rollout_logprob_abs_diff"
-FP8, POW2, MXFP8 = NumberFormat("fp8"), NumberFormat("fp8", "pow2"), NumberFormat("mxfp8")
-INT4 = NumberFormat("int4")
+FP8, POW2, INT4 = NumberFormat("fp8"), NumberFormat("fp8", "pow2"), NumberFormat("int4")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -45,8 +44,6 @@ CASES = (
     Case("FP8 on both sides", FP8, FP8),
     Case("FP8 on both sides, scales in powers of two", POW2, POW2),
     Case("FP8 on both sides, the engine's scales in powers of two (a fault)", FP8, POW2),
-    Case("MXFP8 rollout, plain training", None, MXFP8),
-    Case("MXFP8 on both sides", MXFP8, MXFP8),
     Case("INT4 rollout, plain training", None, INT4),
     Case("INT4 on both sides", INT4, INT4),
 )
@@ -126,12 +123,12 @@ def rollout(engine: NativeEngine, samples: int, tokens: int) -> TrainBatch:
 
 def ways(spec: ArchSpec) -> Iterator[tuple[str, str, Numerics]]:
     """(title, dtype, numerics)."""
-    for dtype in DTYPES:
-        yield f"{dtype}, exact numerics", dtype, find_exact_numerics(spec, DTYPES[dtype])
-        yield f"{dtype}, fast", dtype, FAST
+    yield "fp32, fast", "fp32", FAST
+    yield "bf16, fast", "bf16", FAST
+    yield "bf16, exact numerics", "bf16", find_exact_numerics(spec, torch.bfloat16)
 
 
-def measure(samples: int = 24, tokens: int = 24) -> dict[str, dict[str, float]]:
+def measure(samples: int = 8, tokens: int = 48) -> dict[str, dict[str, float]]:
     """Gap by case and way."""
     torch.set_num_threads(1)
     spec = model()
