@@ -155,6 +155,10 @@ def _worker_dead(fields: Mapping[str, Any]) -> str:
     return f"lost: {fields['worker']}: {fields['reason']}"
 
 
+def _node_lost(fields: Mapping[str, Any]) -> str:
+    return f"lost: the node {fields['address']} with {', '.join(fields['workers'])}"
+
+
 def _restart(fields: Mapping[str, Any]) -> str:
     again = f"; the run goes on after step {fields['from_step']}" if "from_step" in fields else ""
     return f"restarted: {fields['worker']}{again}"
@@ -181,8 +185,9 @@ EVENT_TEXTS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "job_log": _job_log,
     "worker_dead": _worker_dead,
     "restart": _restart,
+    "node_lost": _node_lost,
     "kernel_not_built": _kernel_not_built,
 }
 
-ALWAYS_SAID = ("alert", "non_finite", "worker_dead", "restart")
+ALWAYS_SAID = ("alert", "non_finite", "worker_dead", "restart", "node_lost")
 """Said even under `--quiet`."""

@@ -70,6 +70,13 @@ def _log_to(path: Path) -> None:
     os.close(descriptor)
 
 
+def whereabouts() -> tuple[int, str]:
+    """The id of this process, and Ray's id of the node that it runs on."""
+    import ray
+
+    return os.getpid(), str(ray.get_runtime_context().get_node_id())
+
+
 class TrainerActor:
     """One trainer rank. It serves after `join`."""
 
@@ -77,9 +84,9 @@ class TrainerActor:
         self._post, self._record = post, take_post(post)
         self._store: TCPStore | None = None
 
-    async def ready(self) -> int:
-        """The process id."""
-        return os.getpid()
+    async def ready(self) -> tuple[int, str]:
+        """The process id, and the id of its node."""
+        return whereabouts()
 
     async def node(self) -> str:
         """The address of this process's machine."""
@@ -151,9 +158,9 @@ class EngineActor:
         job = post.job
         self._engine = workers.build_engine(job, run_model(job.resolved.config, job.source))
 
-    async def ready(self) -> int:
-        """The process id."""
-        return os.getpid()
+    async def ready(self) -> tuple[int, str]:
+        """The process id, and the id of its node."""
+        return whereabouts()
 
     async def load(self, manifest: Manifest, weights: Weights) -> None:
         """Check all of the weights, then take them over between two steps. Raises: WeightsDamaged."""
@@ -196,10 +203,10 @@ class ServerActor:
         address = addresses[rank] if addresses else None
         self._server = make_server(job, spec, f"server-{rank}", rank, address)
 
-    async def ready(self) -> int:
-        """The process id, once the server answers."""
+    async def ready(self) -> tuple[int, str]:
+        """The process id and the id of its node, once the server answers."""
         await self._server.ready()
-        return os.getpid()
+        return whereabouts()
 
     async def load(self, manifest: Manifest, weights: Weights) -> None:
         """Check all of the weights, then hand them over. Raises: WeightsDamaged, WorkerLost."""
@@ -232,9 +239,9 @@ class RewardActor:
         self._training = scorer_of(config, reward.reward_key)
         self._evaluation = scorer_of(config, reward.eval_reward_key or reward.reward_key)
 
-    async def ready(self) -> int:
-        """The process id."""
-        return os.getpid()
+    async def ready(self) -> tuple[int, str]:
+        """The process id, and the id of its node."""
+        return whereabouts()
 
     async def score(
         self, samples: Sequence[Sample], evaluation: bool

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from miles.data.sample import Sample
 from miles.orchestration import assemble, workers
@@ -24,9 +24,13 @@ from miles.orchestration.seats import Seat, call
 from miles.orchestration.supervisor import Supervisor
 from miles.orchestration.trainer_ranks import TrainerRanks
 from miles.orchestration.weight_sync import PacketWeights, WeightSync
+from miles.orchestration.worker_loss import WorkerLost
 from miles.planning.workers import WorkersPlan
-from miles.record import RecordWriter
+from miles.record import RecordWriter, events
 from miles.rollout.collect import Score
+
+if TYPE_CHECKING:
+    from miles.orchestration.ray_nodes import NodeBook
 
 H = TypeVar("H")
 
@@ -51,12 +55,21 @@ class RayExecutor:
             with record.phase("start_workers"):
                 driver = await crew.assemble(supervisor)
             yield driver
+        except WorkerLost as lost:
+            crew.tell_lost_node(lost.worker)
+            raise
         finally:
             crew.dismiss()
 
     def close(self) -> None:
         """End the private runtime; in a cluster, give the reserved room back."""
         self._runtime.stop()
+
+
+def _node_book() -> NodeBook:
+    from miles.orchestration.ray_nodes import NodeBook
+
+    return NodeBook()
 
 
 class _Crew:
@@ -70,6 +83,7 @@ class _Crew:
         self._workers: list[Any] = []
         self._health: asyncio.Task[None] | None = None
         self._sync: PacketWeights | None = None
+        self._nodes = _node_book()
 
     async def assemble(self, supervisor: Supervisor) -> Driver:
         """Every worker, and the driver around them."""
@@ -143,6 +157,7 @@ class _Crew:
         import ray
 
         from miles.orchestration.ray_handles import answer
+        from miles.orchestration.ray_nodes import within
 
         name = f"{role}-{rank}"
         cpus = 1 if role == "reward" else self._plan.threads
@@ -154,7 +169,9 @@ class _Crew:
         }
         kind = "server" if role == "engine" and self._job.plan.engine == "sglang" else role
         actor = ray.remote(ACTORS[kind]).options(**options).remote(Post(name, self._job, os.getcwd()))
-        pid = await answer(name, actor.ready.remote())
+        limit = self._config.fault_tolerance.worker_start_timeout
+        pid, node = await within(limit, name, answer(name, actor.ready.remote()))
+        self._nodes.moved_in(name, node)
         worker = handle(name, actor, pid)
         self._workers.append(worker)
         return worker
@@ -170,9 +187,19 @@ class _Crew:
         return score
 
     def _report(self, kind: str, **fields: Any) -> None:
-        """A worker was lost or replaced."""
+        """A worker was lost or replaced; where its whole node went, that is told first."""
+        if kind == events.WORKER_DEAD:
+            self.tell_lost_node(fields["worker"])
         self._record.event(kind, **fields)
         self._observer.on_event(kind, fields)
+
+    def tell_lost_node(self, worker: str) -> None:
+        """Say so where a worker went with its whole machine."""
+        gone = self._nodes.lost_with(worker)
+        if gone is not None:
+            told: dict[str, Any] = {"address": gone.address, "workers": list(gone.workers)}
+            self._record.event(events.NODE_LOST, **told)
+            self._observer.on_event(events.NODE_LOST, told)
 
     def _watch(self, pool: EnginePool) -> None:
         health = self._config.fault_tolerance

@@ -13,6 +13,7 @@ from miles_cli.dashboard.snapshot import LogLine
 _LEVELS = {
     kinds.EXCEPTION: "critical",
     kinds.WORKER_DEAD: "critical",
+    kinds.NODE_LOST: "critical",
     kinds.NON_FINITE: "critical",
     kinds.ROUTES_MISSING: "warning",
     kinds.BAD_ROW: "warning",
@@ -75,6 +76,8 @@ def _text(kind: str, record: dict[str, Any]) -> str:
         return f"worker {record['worker']} died: {record['reason']}"
     if kind == kinds.NUMERICS:
         return numerics_text(record)
+    if kind == kinds.NODE_LOST:
+        return f"node {record['address']} left with {', '.join(record['workers'])}"
     if kind == kinds.CHECKPOINT:
         return f"checkpoint {record['path']}"
     if kind == kinds.RESUME:

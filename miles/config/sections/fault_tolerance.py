@@ -16,6 +16,10 @@ class FaultToleranceSection(Section):
     max_worker_restarts: NonNegativeInt = 3
     """Times each worker process is replaced before the run ends."""
 
+    worker_start_timeout: PositiveFloat = 600.0
+    """Seconds that a worker may take to start or to find room in the cluster; then the run ends, and can be
+    resumed. A node that comes back or is added within them takes over the workers of a lost one."""
+
     rollout_health_check_interval: PositiveFloat = 30.0
     """Seconds between health checks."""
 

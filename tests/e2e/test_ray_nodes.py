@@ -1,0 +1,184 @@
+"""Two Ray nodes on one machine: the trainer on one, the engine on the other; and what losing one means."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from e2e_support import SMALL, Cli, metrics_of, summary_of
+from namespace import own_network
+from test_ray_cluster import REPOSITORY, free_ports, wait_for_node
+
+from miles.record import RunReader
+
+pytestmark = pytest.mark.scale
+
+CPUS = 2
+"""Of each node. Driver 1 + trainer 1 fill the head; engine and reward worker need the other node."""
+
+
+@dataclass
+class Nodes:
+    """A head and the nodes that join it, each a process of its own."""
+
+    environment: dict[str, str]
+    gcs: str
+    url: str
+    logs: Path
+    others: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def ray(self, name: str, **options: object) -> subprocess.Popen[bytes]:
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--block"]
+        words = [
+            f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for key, value in options.items()
+        ]
+        with (self.logs / name).open("w") as out:
+            return subprocess.Popen(
+                [*command, *words], env=self.environment, stdout=out, stderr=subprocess.STDOUT
+            )
+
+    def join(self) -> None:
+        """Add a node and wait until the cluster has it."""
+        name = f"node-{len(self.others)}"
+        (agent,) = free_ports(1)
+        size = {
+            "num_cpus": CPUS,
+            "num_gpus": 0,
+            "object_store_memory": 100 << 20,
+            "dashboard_agent_listen_port": agent,
+            "min_worker_port": 0,
+            "max_worker_port": 0,
+        }
+        self.others.append(self.ray(name, address=self.gcs, **size))
+        self.wait_for(1 + sum(node.poll() is None for node in self.others), self.logs / name)
+
+    def wait_for(self, count: int, log: Path) -> None:
+        from miles.planning.facts import cluster
+
+        patch = pytest.MonkeyPatch()
+        patch.setenv("RAY_AUTH_TOKEN", self.environment["RAY_AUTH_TOKEN"])
+        deadline = time.monotonic() + 120
+        while cluster.read_cluster(self.url).cpus != CPUS * count:
+            assert time.monotonic() < deadline and self.others[-1].poll() is None, log.read_text()
+            time.sleep(0.5)
+        patch.undo()
+
+    def remove_last(self) -> None:
+        """Take a node away at once, with everything that runs there."""
+        node = psutil.Process(self.others[-1].pid)
+        for member in (*node.children(recursive=True), node):
+            member.send_signal(signal.SIGKILL)
+        self.others[-1].wait(timeout=30)
+
+
+@pytest.fixture
+def nodes(shared_cache: Path, uninterrupted: Path, tmp_path: Path) -> Iterator[Nodes]:
+    with own_network():
+        yield from cluster_of_two(shared_cache, tmp_path)
+
+
+def cluster_of_two(shared_cache: Path, tmp_path: Path) -> Iterator[Nodes]:
+    gcs, dashboard, client, agent = free_ports(4)
+    token = secrets.token_hex(24)
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(REPOSITORY),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Without it Ray keeps to one node; with it, it listens on every interface of this network.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+        "MILES_CACHE_DIR": str(shared_cache),
+        "OMP_NUM_THREADS": "1",
+    }
+    cluster = Nodes(environment, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", tmp_path)
+    head = cluster.ray(
+        "head-log",
+        head=True,
+        port=gcs,
+        node_ip_address="127.0.0.1",
+        dashboard_host="127.0.0.1",
+        dashboard_port=dashboard,
+        ray_client_server_port=client,
+        dashboard_agent_listen_port=agent,
+        min_worker_port=0,
+        max_worker_port=0,
+        num_cpus=CPUS,
+        num_gpus=0,
+        object_store_memory=100 << 20,
+        temp_dir=f"/tmp/mn-{os.getpid()}",
+    )
+    try:
+        wait_for_node(cluster.url, token, head, tmp_path / "head-log")
+        cluster.join()
+        yield cluster
+    finally:
+        for process in (*cluster.others, head):
+            if process.poll() is None:
+                process.terminate()
+                process.wait(timeout=30)
+
+
+@pytest.fixture
+def cli(nodes: Nodes, shared_cache: Path, tmp_path: Path) -> Iterator[Cli]:
+    @dataclass
+    class TokenCli(Cli):
+        @property
+        def environment(self) -> dict[str, str]:
+            return super().environment | {"RAY_AUTH_TOKEN": nodes.environment["RAY_AUTH_TOKEN"]}
+
+    instance = TokenCli(shared_cache, tmp_path / "runs")
+    yield instance
+    instance.kill_leftovers()
+
+
+def last_step(cli: Cli) -> int:
+    return max((RunReader(run).history.last_step or 0 for run in cli.runs.glob("*-*")), default=0)
+
+
+def test_trainer_and_engine_on_two_nodes_a_lost_node_and_its_successor(
+    cli: Cli, nodes: Nodes, uninterrupted: Path
+) -> None:
+    """The disaggregated run is the local run; without its second node it waits for another, and goes on."""
+    process = cli.start("train", *SMALL, "--address", nodes.url)
+    cli.wait_until(lambda: last_step(cli) >= 3, process)
+    run = cli.only_run()
+    nodes.remove_last()
+    lost = RunReader(run)
+
+    def told() -> bool:
+        lost.poll()
+        return bool(lost.events("node_lost"))
+
+    cli.wait_until(told, process)
+    assert {"engine-0", "reward-0"} == set(lost.events("node_lost")[0]["workers"])
+    nodes.join()
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert "lost: the node" in stderr and "restarted: engine-0" in stderr
+    assert metrics_of(run) == metrics_of(uninterrupted)
+
+
+def test_without_a_successor_the_run_ends_clean_and_can_be_resumed(cli: Cli, nodes: Nodes) -> None:
+    wait = ("--worker-start-timeout", "25")
+    process = cli.start("train", *SMALL, "--num-rollout", "200", "--address", nodes.url, *wait)
+    cli.wait_until(lambda: last_step(cli) >= 4, process)
+    nodes.remove_last()
+    _, stderr = process.communicate(timeout=300)
+    run = cli.only_run()
+    assert process.returncode == 1, stderr
+    assert "no room for" in stderr and "nodes left: 1" in stderr and "runs resume" in stderr
+    assert "Traceback" not in stderr
+    assert summary_of(run)["status"] == "failed"
+    assert (run / "checkpoints" / "step-000003").is_dir()
