@@ -144,12 +144,12 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "numerics": (
         "gap", "grad_norm", "mismatch_kl", "gap_p99", "ratio", "clipfrac", "tis", "ess", "non_finite",
     ),
+    "moe": (
+        "flip_map", "flips", "load", "load_map", "overlap", "replayed", "gap", "aux", "reward",
+    ),
     "precision": (
         "gap", "rounding", "rounding_map", "underflow_map", "activation_map", "rounding_edges", "mismatch_kl",
         "grad_norm", "reward",
-    ),
-    "moe": (
-        "flip_map", "flips", "load", "load_map", "overlap", "replayed", "gap", "aux", "reward",
     ),
     "throughput": (
         "phases", "throughput", "step_time", "rollout_rate", "train_rate", "acceptance", "sync_time",
