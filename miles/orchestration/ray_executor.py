@@ -40,6 +40,7 @@ class RayExecutor:
 
     def __init__(self, in_cluster: bool) -> None:
         self._runtime = RayRuntime(in_cluster)
+        self._nodes: NodeBook | None = None
 
     @asynccontextmanager
     async def driver(
@@ -50,7 +51,11 @@ class RayExecutor:
             with record.phase("start_ray"):
                 self._runtime.start(job.plan)
             supervisor.listen_again()
-        crew = _Crew(self._runtime, job, record, observer)
+        if self._nodes is None:
+            from miles.orchestration.ray_nodes import NodeBook
+
+            self._nodes = NodeBook()
+        crew = _Crew(self._runtime, self._nodes, job, record, observer)
         try:
             with record.phase("start_workers"):
                 driver = await crew.assemble(supervisor)
@@ -66,24 +71,20 @@ class RayExecutor:
         self._runtime.stop()
 
 
-def _node_book() -> NodeBook:
-    from miles.orchestration.ray_nodes import NodeBook
-
-    return NodeBook()
-
-
 class _Crew:
     """The workers of one attempt."""
 
-    def __init__(self, runtime: RayRuntime, job: Job, record: RecordWriter, observer: Observer) -> None:
+    def __init__(
+        self, runtime: RayRuntime, nodes: NodeBook, job: Job, record: RecordWriter, observer: Observer
+    ) -> None:
         assert job.plan.workers is not None, "the ray executor has a plan of its workers"
+        self._nodes = nodes
         self._runtime, self._job, self._record, self._observer = runtime, job, record, observer
         self._plan: WorkersPlan = job.plan.workers
         self._config = job.resolved.config
         self._workers: list[Any] = []
         self._health: asyncio.Task[None] | None = None
         self._sync: PacketWeights | None = None
-        self._nodes = _node_book()
 
     async def assemble(self, supervisor: Supervisor) -> Driver:
         """Every worker, and the driver around them."""
@@ -167,6 +168,7 @@ class _Crew:
             "scheduling_strategy": self._runtime.place(bundle),
             "runtime_env": {"env_vars": dict(self._job.plan.exports)},
         }
+        await self._nodes.settle()
         kind = "server" if role == "engine" and self._job.plan.engine == "sglang" else role
         actor = ray.remote(ACTORS[kind]).options(**options).remote(Post(name, self._job, os.getcwd()))
         limit = self._config.fault_tolerance.worker_start_timeout

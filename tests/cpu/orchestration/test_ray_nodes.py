@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import pytest
 import ray
 
 from miles.errors import RunError
-from miles.orchestration.ray_nodes import NodeBook, NodeLost, within
+from miles.orchestration.ray_nodes import NodeBook, NodeLost, answers, within
 
 
 def cluster(**alive: bool) -> list[dict[str, Any]]:
@@ -20,7 +21,7 @@ def cluster(**alive: bool) -> list[dict[str, Any]]:
 
 
 def book(nodes: list[dict[str, Any]]) -> NodeBook:
-    homes = NodeBook(nodes=lambda: nodes)
+    homes = NodeBook(nodes=lambda: nodes, answers=lambda node: node["NodeID"] != "silent")
     for worker, node in (("trainer-0", "a"), ("engine-0", "b"), ("reward-0", "b")):
         homes.moved_in(worker, node)
     return homes
@@ -36,6 +37,29 @@ def test_a_dead_node_is_told_once_with_its_workers() -> None:
 def test_a_dead_process_on_a_living_node_is_no_lost_node() -> None:
     assert book(cluster(a=True, b=True)).lost_with("engine-0") is None
     assert book(cluster(a=True, b=True)).lost_with("never-started") is None
+
+
+def test_a_node_that_stopped_answering_is_lost_before_the_cluster_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = cluster(a=True, silent=True)
+    homes = book(nodes)
+    homes.moved_in("engine-1", "silent")
+    assert homes.lost_with("engine-1") == NodeLost("host-silent", ("engine-1",))
+
+    async def looked_again(seconds: float) -> None:
+        nodes[1]["Alive"] = False
+
+    monkeypatch.setattr(asyncio, "sleep", looked_again)
+    asyncio.run(homes.settle())
+    assert not nodes[1]["Alive"], "it waits until the cluster knows too"
+
+
+def test_a_node_answers_while_its_server_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        node = {"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": server.getsockname()[1]}
+        assert answers(node)
+    assert not answers(node)
 
 
 def test_a_worker_that_moved_is_looked_for_where_it_went() -> None:
