@@ -6,7 +6,8 @@ STAMP  := $(VENV)/.installed
 SGLANG := .venv-sglang
 SGLANG_STAMP := $(SGLANG)/.installed
 # One torch thread per process: small matrices are slower on a spinning thread pool, and a shared core makes it far worse.
-RUN    := OMP_NUM_THREADS=1
+# Bytecode is kept, as an installed package keeps it: tests start `miles` hundreds of times.
+RUN    := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 
 .PHONY: install demo test test-scale sglang-cpu check bench docs clean
 

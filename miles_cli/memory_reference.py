@@ -55,7 +55,8 @@ def page() -> str:
 
 
 def _weights(name: str, spec: ArchSpec) -> Iterator[str]:
-    counted = {form: stored_bytes(spec, precision_policy(spec, "bf16", _format(form))) for form in FORMATS}
+    held_in = {form: stored_bytes(spec, precision_policy(spec, "bf16", _format(form))) for form in FORMATS}
+    counted = {form: held for form, held in held_in.items() if held is not None}
     whole = counted["bf16"].total
     for form, held in counted.items():
         cells = (name, form, *_parts(held), f"{held.total / GB:.1f} GB", f"{whole / held.total:.2f}")

@@ -16,10 +16,17 @@ PLAIN_CODES: dict[FormatName, str] = {"fp32": "F32", "bf16": "BF16", "fp16": "F1
 FP8_BLOCK = (128, 128)
 
 
+def has_layout(stored: NumberFormat, shape: Shape) -> bool:
+    """Whether a weight of this shape can be stored so: quantised formats take matrices of whole groups."""
+    if stored.is_plain:
+        return True
+    return len(shape) == 2 and (stored.group is None or shape[1] % stored.group == 0)
+
+
 def stored_forms(stored: NumberFormat, name: str, shape: Shape) -> dict[str, Form]:
     """The stored tensors of the weight `name` of `shape`, in the order in which they are published.
 
-    Quantised formats take matrices whose rows are whole groups.
+    The weight has a layout in this format (`has_layout`).
     """
     if stored.name in PLAIN_CODES:
         return {name: (PLAIN_CODES[stored.name], shape)}

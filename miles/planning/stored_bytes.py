@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from miles.arch import ArchSpec, published_tensors
 from miles.arch.precision import PrecisionPolicy
 from miles.arch.safetensors_header import DTYPE_BITS
-from miles.arch.stored_forms import stored_forms
+from miles.arch.stored_forms import has_layout, stored_forms
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class StoredBytes:
         return self.quantised_bytes + self.plain_bytes
 
 
-def stored_bytes(spec: ArchSpec, policy: PrecisionPolicy) -> StoredBytes:
-    """What every published tensor of the model takes, to the byte."""
+def stored_bytes(spec: ArchSpec, policy: PrecisionPolicy) -> StoredBytes | None:
+    """What every published tensor of the model takes, to the byte; None where one has no layout (PRC12, 15)."""
     quantised = quantised_bytes = plain = plain_bytes = 0
     for name, shape in published_tensors(spec).items():
         target, numbers = policy.storage(name), math.prod(shape)
+        if not has_layout(target, shape):
+            return None
         forms = stored_forms(target, name, shape).values()
         size = sum(math.prod(held) * DTYPE_BITS[code] // 8 for code, held in forms)
         if target.is_plain:

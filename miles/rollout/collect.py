@@ -90,8 +90,9 @@ async def collect(
             done, _ = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
             # A set has no order of its own; the lower group index goes first.
             for task in sorted(done, key=lambda task: in_flight[task] or 0):
-                del in_flight[task]
+                # Where one fails, the others are still in flight: `_abandon` looks at what became of them.
                 _sort_out(task.result(), settings, groups)
+                del in_flight[task]
     finally:
         cut_off = await _abandon(engine, in_flight)
     for answer in cut_off if settings.keep_unused else ():
