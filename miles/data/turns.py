@@ -103,6 +103,9 @@ def _unsampled(sample: Sample) -> np.ndarray:
 
 
 def _merged_routes(sample: Sample, newer: np.ndarray | None, num_rows: int) -> np.ndarray | None:
+    """A row keeps the route under which its log-prob was taken. Rows that are only context any more
+    (`without_loss_so_far`) take the route on which what follows was sampled: that of the latest reading.
+    """
     older = sample.rollout_routed_experts
     if newer is not None and (newer.ndim != 3 or len(newer) != num_rows):
         raise DataError(
@@ -119,8 +122,10 @@ def _merged_routes(sample: Sample, newer: np.ndarray | None, num_rows: int) -> n
             where=f"sample {sample.index} (group {sample.group_index})",
             why="routes are [rows, MoE layers, top-k] of one model",
         )
-    known = older[:, :1, :1] >= 0
-    merged[: len(older)] = np.where(known, older, merged[: len(older)])
+    context = bool(sample.loss_mask) and not any(sample.loss_mask or ())
+    latest = merged[: len(older)]
+    kept = latest[:, :1, :1] < 0 if context else older[:, :1, :1] >= 0
+    merged[: len(older)] = np.where(kept, older, latest)
     return merged
 
 

@@ -129,3 +129,13 @@ def test_routes_of_other_rows_or_another_model_are_refused(shape, message) -> No
     )
     with pytest.raises(DataError, match=message):
         continued(first, wrong)
+
+
+def test_tokens_that_are_only_context_any_more_take_the_routes_of_the_latest_reading() -> None:
+    """What follows was sampled on a cache that those routes made."""
+    older = without_loss_so_far(grow(pending(), [1, 2], mark=0, version=4))
+    assert marks(grow(older, [3], mark=1, version=5)) == [1, 1, 1, 1, 1]
+    unrecorded = Reading(
+        token_ids=[3], log_probs=np.zeros(1, np.float32), routes=None, weight_versions=[(5, 0)]
+    )
+    assert marks(continued(older, unrecorded)) == [0, 0, 0, 0, -1]
