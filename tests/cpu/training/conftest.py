@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -176,6 +178,14 @@ def with_siblings() -> Callable[[TrainBatch], TrainBatch]:
     return pair
 
 
+class RankLost(AssertionError):
+    """A rank died or hung; `codes` are the exit codes of all ranks, those killed here included."""
+
+    def __init__(self, rank: int, codes: list[int]) -> None:
+        super().__init__(f"rank {rank} died or hung; its log is above")
+        self.codes = codes
+
+
 class TwoRanks:
     """Two processes that train one model over gloo on loopback; `rank_worker.py` says what they can do."""
 
@@ -191,7 +201,8 @@ class TwoRanks:
         """The result of the same case in one process without a process group."""
         return self._run((0,), True, case, arguments)[0]
 
-    def close(self, patience: float = 10) -> None:
+    def close(self, patience: float = 10) -> list[int]:
+        """End both ranks; their exit codes."""
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
@@ -200,9 +211,24 @@ class TwoRanks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        codes = [process.returncode for process in self.processes]
         self.pipes, self.processes = [], []
+        return codes
 
     def _run(self, ranks: tuple[int, ...], alone: bool, case: str, arguments: dict[str, Any]) -> list[Any]:
+        """Once more where the C library aborted a rank: seen once, a double free below a gloo collective of
+        torch 2.13, in a process that runs no code of ours but Python. It stays visible as a warning."""
+        try:
+            return self._attempt(ranks, alone, case, arguments)
+        except RankLost as lost:
+            if -signal.SIGABRT not in lost.codes:
+                raise
+            warnings.warn(f"a rank was aborted by the C library in {case!r}; run again", stacklevel=2)
+            return self._attempt(ranks, alone, case, arguments)
+
+    def _attempt(
+        self, ranks: tuple[int, ...], alone: bool, case: str, arguments: dict[str, Any]
+    ) -> list[Any]:
         if not self.processes:
             self._start()
         for rank in ranks:
@@ -216,8 +242,7 @@ class TwoRanks:
                 return self.pipes[rank].recv_bytes()
         except (EOFError, ConnectionResetError):
             pass
-        self.close(patience=0)
-        raise AssertionError(f"rank {rank} died or hung; its log is above")
+        raise RankLost(rank, self.close(patience=1))
 
     def _start(self) -> None:
         for rank in range(2):
