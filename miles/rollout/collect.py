@@ -146,10 +146,16 @@ async def _abandon(
     A group between two turns has no request to abort, and makes one later: aborting is repeated.
     """
     left = set(in_flight)
-    while left:
-        await engine.abort({index for task in left if (index := in_flight[task]) is not None})
-        _, left = await asyncio.wait(left, timeout=ABORT_AGAIN_S)
-    return await asyncio.gather(*in_flight, return_exceptions=True)
+    try:
+        while left:
+            await engine.abort({index for task in left if (index := in_flight[task]) is not None})
+            _, left = await asyncio.wait(left, timeout=ABORT_AGAIN_S)
+    finally:
+        # An engine that cannot even be told to stop leaves nothing to wait for.
+        for task in left:
+            task.cancel()
+        answers = await asyncio.gather(*in_flight, return_exceptions=True)
+    return answers
 
 
 def _refuse_endless(settings: CollectSettings, groups_drawn: int, dropped: Counter[str]) -> None:
