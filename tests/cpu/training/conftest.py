@@ -216,8 +216,8 @@ class TwoRanks:
         return codes
 
     def _run(self, ranks: tuple[int, ...], alone: bool, case: str, arguments: dict[str, Any]) -> list[Any]:
-        """Once more where the C library aborted a rank: seen once, a double free below a gloo collective of
-        torch 2.13, in a process that runs no code of ours but Python. It stays visible as a warning."""
+        """Once more where the C library aborted a rank: seen once as a double free of unknown cause, while
+        the other rank waited in a gloo collective. It stays visible as a warning."""
         try:
             return self._attempt(ranks, alone, case, arguments)
         except RankLost as lost:
