@@ -39,7 +39,8 @@ from miles.rollout.generate import GenerationSettings
 from miles.rollout.native.draft import SpeculationSettings
 from miles.rollout.native.engine import EngineSettings
 from miles.rollout.sglang.engine import SglangSettings
-from miles.training.megatron.layout import MegatronLayout
+from miles.training.megatron.layout import Implementation, MegatronLayout
+from miles.training.megatron.options import DEFAULTS, MegatronOptions
 from miles.training.settings import (
     AlgorithmSettings,
     FaultInjection,
@@ -84,9 +85,10 @@ def trainer_settings(config: RunConfig, plan: Plan, spec: ArchSpec) -> TrainerSe
     )
 
 
-def megatron_layout(config: RunConfig) -> MegatronLayout:
-    """How the Megatron trainer cuts the model over its processes."""
+def megatron_layout(config: RunConfig, device: str) -> MegatronLayout:
+    """How the Megatron trainer cuts the model over its processes, and whose layers it takes."""
     parallel = config.parallel
+    implementation = config.training.transformer_impl or LAYERS[device]
     return MegatronLayout(
         tp=parallel.tensor_model_parallel_size,
         pp=parallel.pipeline_model_parallel_size,
@@ -97,8 +99,38 @@ def megatron_layout(config: RunConfig) -> MegatronLayout:
         first_stage_layers=parallel.decoder_first_pipeline_num_layers,
         last_stage_layers=parallel.decoder_last_pipeline_num_layers,
         sequence_parallel=parallel.sequence_parallel,
-        implementation=config.training.transformer_impl or "local",
+        implementation=implementation,
         dispatcher=config.training.moe_token_dispatcher_type,
+        options=DEFAULTS if device == "cpu" else _gpu_options(config),
+    )
+
+
+LAYERS: dict[str, Implementation] = {"cpu": "local", "cuda": "transformer_engine"}
+"""Whose layers the Megatron trainer takes where the run file does not say."""
+
+
+def _gpu_options(config: RunConfig) -> MegatronOptions:
+    training, parallel, optimizer, precision = (
+        config.training,
+        config.parallel,
+        config.optimizer,
+        config.precision,
+    )
+    return MegatronOptions(
+        attention_backend=training.attention_backend,
+        softmax_in_fp32=training.attention_softmax_in_fp32,
+        deepep=training.moe_enable_deepep,
+        fp8_format=precision.fp8_format,
+        fp8_recipe=precision.fp8_recipe,
+        first_bf16=precision.num_layers_at_start_in_bf16,
+        last_bf16=precision.num_layers_at_end_in_bf16,
+        grads_in_fp32=training.accumulate_allreduce_grads_in_fp32,
+        distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        precision_aware=optimizer.use_precision_aware_optimizer,
+        cpu_offload=optimizer.optimizer_cpu_offload,
+        overlap_offload=optimizer.overlap_cpu_optimizer_d2h_h2d,
     )
 
 

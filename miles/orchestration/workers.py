@@ -90,7 +90,7 @@ def _megatron(
     return MegatronTrainer(
         spec,
         settings,
-        assemble.megatron_layout(job.resolved.config),
+        assemble.megatron_layout(job.resolved.config, job.plan.device),
         dtype=assemble.DTYPES[job.plan.dtype],
         device=job.plan.device,
         source_dir=job.source.directory,

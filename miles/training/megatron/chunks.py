@@ -36,4 +36,4 @@ def training_chunks(
     """A model without weights, wrapped for training."""
     config = transformer_config(spec, layout, settings, dtype)
     bare = build_chunks(spec, layout, config, device)
-    return Chunks(spec, layout, wrapped_for_training(bare, config), bare)
+    return Chunks(spec, layout, wrapped_for_training(bare, config, layout), bare)

@@ -8,6 +8,7 @@ from typing import Literal
 from miles.arch.megatron import megatron_obstacle
 from miles.arch.spec import ArchSpec
 from miles.errors import MilesError
+from miles.training.megatron.options import DEFAULTS, MegatronOptions
 
 Implementation = Literal["local", "transformer_engine"]
 Dispatcher = Literal["allgather", "alltoall", "flex"]
@@ -18,6 +19,7 @@ class MegatronLayout:
     """Sizes of the parallel dimensions, under Megatron's names; data parallelism is what is left over.
 
     `implementation`: whose layers: megatron-core's own, or Transformer Engine's, which need a GPU.
+    `options`: what else is chosen of them.
     `virtual_stage_layers`: layers per stage of the interleaved pipeline schedule; None: not interleaved.
     """
 
@@ -32,6 +34,7 @@ class MegatronLayout:
     sequence_parallel: bool = False
     implementation: Implementation = "local"
     dispatcher: Dispatcher = "alltoall"
+    options: MegatronOptions = DEFAULTS
 
     def virtual_stages(self, num_layers: int) -> int | None:
         """Model chunks per rank; None where the pipeline is not interleaved."""

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
+from miles.training.megatron.core_config import ddp_config, optimizer_config
+from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.model import PolicyModel
 from miles.training.settings import OptimizerSettings
 
@@ -21,11 +23,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def wrapped_for_training(
-    chunks: Sequence[PolicyModel], config: TransformerConfig
+    chunks: Sequence[PolicyModel], config: TransformerConfig, layout: MegatronLayout
 ) -> list[DistributedDataParallel]:
     """Chunks whose gradients add up in fp32 buffers and are summed over data-parallel ranks."""
     low_precision = config.params_dtype != torch.float32
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    ddp = ddp_config(layout)
     return [
         DistributedDataParallel(config, ddp, Float16Module(config, chunk) if low_precision else chunk)
         for chunk in chunks
@@ -40,20 +42,11 @@ class MasterAdam:
         chunks: Sequence[DistributedDataParallel],
         settings: OptimizerSettings,
         dtype: torch.dtype,
+        layout: MegatronLayout,
     ) -> None:
         self._chunks, self.dtype = chunks, dtype
         self._clip_grad, self._weight_decay = settings.clip_grad, settings.weight_decay
-        config = OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_eps,
-            clip_grad=settings.clip_grad,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-        )
+        config = optimizer_config(settings, layout, dtype)
         self._optimizer = get_megatron_optimizer(
             config, list(chunks), get_standard_config_overrides(config), use_gloo_process_groups=False
         )

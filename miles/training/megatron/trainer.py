@@ -87,7 +87,7 @@ class MegatronTrainer(RolloutTrainer):
             self._chunks = training_chunks(spec, self.layout, settings, dtype, self.device)
             self._build_reference = lambda: built(spec.policy, self.layout, settings, dtype, self.device)
         self.tensors = MegatronTensors(spec, self._chunks.bare, self.device)
-        self.optimizer = MasterAdam(self._chunks.wrapped, settings.optimizer, dtype)
+        self.optimizer = MasterAdam(self._chunks.wrapped, settings.optimizer, dtype, self.layout)
         self._reference: Chunks | None = None
         knobs = Knobs.from_settings(settings)
         self.state = TrainerState(knobs=knobs, configured=knobs)

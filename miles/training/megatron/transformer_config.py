@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from miles.arch.spec import ArchSpec, DenseMlpSpec
+from miles.training.megatron.core_config import engine_fields
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.settings import TrainerSettings
 
@@ -70,6 +71,7 @@ def transformer_config(
             bias_dropout_fusion=False,
             **_mlp(spec, layout),
             **_recompute(spec, settings),
+            **engine_fields(layout, spec.is_moe),
         )
 
 
