@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from itertools import pairwise, zip_longest
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,10 @@ class SpecInfo:
         )
 
 
+_WHOLE = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED)
+_PLAIN_REWARDS, _PLAIN_ROUTES = (float, NoneType), (np.ndarray, NoneType)
+
+
 @dataclass(eq=False)
 class Sample:
     """One rollout of one prompt.
@@ -105,6 +110,12 @@ class Sample:
     """Prompt tokens that the engine served from its prefix cache."""
     non_generation_time: float = 0.0
     """Seconds spent in tools and environments."""
+
+    def __copy__(self) -> Sample:
+        """The same values in a sample of their own; several times faster than `copy.copy` by itself."""
+        twin = object.__new__(Sample)
+        vars(twin).update(vars(self))
+        return twin
 
     @property
     def prompt_length(self) -> int:
@@ -154,6 +165,8 @@ class Sample:
 
     def _check_structure(self) -> None:
         """What needs no look into the arrays."""
+        if self._is_plain_response():
+            return
         self._check_lengths()
         self._check_status()
         self._check_loss_mask()
@@ -164,6 +177,28 @@ class Sample:
         self._check_weight_versions()
         if isinstance(self.reward, float | int) and not math.isfinite(self.reward):
             raise self._broken(f"reward is {self.reward}", "a reward is a finite number or None")
+
+    def _is_plain_response(self) -> bool:
+        """Whether it is what most samples are, a whole response of one turn from one set of weights, with
+        nothing broken: one look instead of a check after the other. Never True where a check would fail.
+        """
+        length, log_probs, routes = len(self.tokens), self.rollout_log_probs, self.rollout_routed_experts
+        return (
+            self.status in _WHOLE
+            and self.loss_mask is None
+            and 0 < self.response_length < length
+            and min(self.tokens) >= 0
+            and type(self.reward) in _PLAIN_REWARDS
+            and (self.reward is None or math.isfinite(self.reward))  # type: ignore[arg-type]
+            and len(self.weight_versions) == 1
+            and self.weight_versions[0][1] == 0
+            and type(log_probs) is np.ndarray
+            and log_probs.dtype == np.float32
+            and log_probs.shape == (self.response_length,)
+            and type(routes) in _PLAIN_ROUTES
+            and (routes is None or (routes.ndim == 3 and len(routes) == length - 1))
+            and (routes is None or routes.dtype == np.int16)
+        )
 
     def _check_values(self) -> None:
         """What the arrays hold."""

@@ -17,6 +17,7 @@ from miles.orchestration.checkpoint_sources import WarmStartEnded, locate_checkp
 from miles.orchestration.checkpoints import CheckpointStore
 from miles.orchestration.decode_kernel import settle
 from miles.orchestration.driver import Driver
+from miles.orchestration.garbage import long_lived_objects_kept
 from miles.orchestration.job import Job, RunOutcome, new_run_dir, write_identity
 from miles.orchestration.lineage import Lineage
 from miles.orchestration.loop import loop_of
@@ -134,7 +135,8 @@ async def _drive(
         resumed = -1 if job.resume_from is None else CheckpointStore.load_state(job.resume_from).step
         record.resume(resumed)
     async with executor.driver(job, record, supervisor, observer) as driver:
-        await loop_of(job.resolved.config)(driver)
+        with long_lived_objects_kept():
+            await loop_of(job.resolved.config)(driver)
 
 
 def _end(

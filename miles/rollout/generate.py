@@ -88,8 +88,10 @@ async def generate_group(
     sampling = asdict(settings.sampling)
     filled = list(group)
     for (member, sample), request, output in zip(missing.items(), requests, outputs, strict=True):
-        limits = {name: getattr(request.sampling, name) for name in ("max_new_tokens", "min_new_tokens")}
-        filled[member] = _filled(sample, sampling | limits, output, detokenize)
+        own = dict(sampling)
+        if request.sampling is not settings.sampling:
+            own |= {name: getattr(request.sampling, name) for name in ("max_new_tokens", "min_new_tokens")}
+        filled[member] = _filled(sample, own, output, detokenize)
     validate_samples([filled[member] for member in missing])
     return filled
 

@@ -223,13 +223,16 @@ class ContinuousBatch:
         return self._sample(logits_NV, first=0)
 
     def _advance(self, runner: FusedRunner, running: int) -> list[Finished]:
-        """Let the decode kernel draw until a request is done; a single step when another may come in."""
+        """Let the decode kernel draw: to the end where nobody waits for a slot, until a request is done where
+        somebody does, and a single step when another may come in.
+        """
         most_steps = 1 if self.scheduler.may_admit() else MOST_STEPS
-        steps, done_N = runner.advance(self.slots, running, most_steps)
+        before = int(self.slots.lengths[:running].sum())
+        steps, done_N = runner.advance(self.slots, running, most_steps, not self.scheduler.waiting)
         if steps < 0:
             self._refuse_non_finite(-1 - steps)
         self.counters.steps += steps - 1
-        self.counters.generated += steps * running
+        self.counters.generated += int(self.slots.lengths[:running].sum()) - before
         return self._finish(done_N.nonzero().squeeze(1).tolist())
 
     def _speculate(self, speculation: Speculation, running: int) -> list[Finished]:
@@ -323,7 +326,7 @@ def _nothing() -> GenerateOutput:
 def _output(
     ticket: Ticket,
     length: int,
-    tokens: np.ndarray,
+    tokens: list[int],
     log_probs: np.ndarray,
     routes: np.ndarray | None,
     spec_info: SpecInfo | None,
@@ -331,7 +334,7 @@ def _output(
 ) -> GenerateOutput:
     """The answer of a request from its slot; copies, so that it does not keep the slot's buffers alive."""
     start = ticket.prompt_length
-    output_ids = tokens[start:length].tolist()
+    output_ids = tokens[start:length]
     stopped = output_ids[-1] in ticket.request.sampling.stop_token_ids
     reason: FinishReason = "abort" if aborted else "stop" if stopped else "length"
     wanted = ticket.request.return_routed_experts and routes is not None
@@ -348,5 +351,7 @@ def _output(
 
 def _spans(ticket: Ticket, num_output: int) -> list[tuple[int, int]]:
     """Weight spans that hold at least one token: of several that start at one token the last one made it."""
+    if len(ticket.weight_versions) == 1 and num_output:
+        return ticket.weight_versions
     by_start = {start: version for version, start in ticket.weight_versions if start < num_output}
     return [(version, start) for start, version in by_start.items()]

@@ -119,6 +119,7 @@ class NativeEngine:
                 )
             )
         self.spec, self.settings = spec, settings
+        self._most_tokens = min(settings.max_context_len, settings.total_tokens)
         self._runner = _make_runner(spec, settings)
         self._external_draft = self._load_draft()
         self._runner.draft = self._external_draft
@@ -294,11 +295,14 @@ class NativeEngine:
 
     def _refuse_unfit(self, request: GenerateRequest) -> None:
         """Raise RequestRefused when no batch could ever hold the request."""
-        prompt, params = request.input_ids, request.sampling
+        prompt, params, vocab = request.input_ids, request.sampling, self.spec.vocab_size
+        total = len(prompt) + params.max_new_tokens
+        known = _all_below(prompt, vocab) and _all_below(params.stop_token_ids, vocab)
+        if prompt and known and total <= self._most_tokens:
+            return
         where = f"request with sample key {request.sample_key}"
         if not prompt:
             raise RequestRefused("an empty prompt", where=where, why="the first token needs one before it")
-        total = len(prompt) + params.max_new_tokens
         if total > self.settings.max_context_len:
             raise RequestRefused(
                 f"{len(prompt)} prompt tokens and {params.max_new_tokens} new ones make {total}",
@@ -313,9 +317,8 @@ class NativeEngine:
                 why=f"the KV cache holds {self.settings.total_tokens} tokens",
                 fix=f"--sglang-max-total-tokens {total}, or lower --rollout-max-response-len",
             )
-        vocab = self.spec.vocab_size
         for name, ids in (("input_ids", prompt), ("stop_token_ids", params.stop_token_ids)):
-            if ids and not 0 <= min(ids) <= max(ids) < vocab:
+            if not _all_below(ids, vocab):
                 outside = next(token for token in ids if not 0 <= token < vocab)
                 raise RequestRefused(
                     f"{name} holds {outside}", where=where, why=f"the vocabulary has ids 0 to {vocab - 1}"
@@ -354,6 +357,10 @@ class NativeEngine:
             assert isinstance(ticket.owner, Call)
             ticket.owner.deliver(ticket.index, output)
         return len(finished)
+
+
+def _all_below(ids: Sequence[int], vocab: int) -> bool:
+    return not ids or 0 <= min(ids) <= max(ids) < vocab
 
 
 def _make_runner(spec: ArchSpec, settings: EngineSettings) -> Runner | FusedRunner:

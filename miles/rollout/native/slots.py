@@ -208,7 +208,7 @@ class Slots:
                 used = buffer[:, :length]
                 used.index_copy_(0, destination, used.index_select(0, source))
 
-    def read(self, slots: Sequence[int]) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray | None]]:
+    def read(self, slots: Sequence[int]) -> list[tuple[int, list[int], np.ndarray, np.ndarray | None]]:
         """(length, tokens [C'], log_probs [C'], routes [C', Lm, k]) of each slot; positions below the length
         are valid. The arrays are copies of this engine's buffers, shared by the slots of one call.
         """
@@ -219,12 +219,14 @@ class Slots:
         def rows(buffer: torch.Tensor) -> np.ndarray:
             return buffer[:, :longest].index_select(0, index).cpu().numpy()
 
-        tokens, log_probs = rows(self.tokens), rows(self.log_probs)
+        tokens, log_probs = rows(self.tokens).tolist(), rows(self.log_probs)
         routes = [None] * len(slots) if self.routes is None else rows(self.routes)
         return list(zip(lengths, tokens, log_probs, routes, strict=True))
 
     def read_speculation(self, slots: Sequence[int]) -> list[SpecInfo | None]:
         """The counters of each slot; None where nothing was to be guessed."""
+        if not len(self._depths):
+            return [None] * len(slots)
         index = torch.tensor(slots, device=self.stream.device)
         columns = (self.draft_steps, self.spec_totals, self.spec_tried, self.spec_accepted)
         rows = zip(*(column.index_select(0, index).tolist() for column in columns), strict=True)

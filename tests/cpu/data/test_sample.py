@@ -89,6 +89,16 @@ def test_one_broken_sample_among_sound_ones_is_named(message: str, changes: dict
         validate_samples([completed(), untouched, completed(**changes)])
 
 
+@pytest.mark.parametrize(("message", "changes"), BROKEN, ids=[m for m, _ in BROKEN])
+def test_the_quick_look_at_a_plain_response_lets_nothing_broken_pass(
+    message: str, changes: dict[str, object]
+) -> None:
+    plain: dict[str, object] = {"weight_versions": [(3, 0)], "reward": 1.0}
+    completed(**plain).validate()
+    with pytest.raises(DataError, match=message):
+        completed(**plain | changes).validate()
+
+
 def test_nan_is_the_mark_of_a_token_that_was_not_sampled() -> None:
     log_probs = np.array([np.nan, -0.25], dtype=np.float32)
     completed(rollout_log_probs=log_probs, loss_mask=[0, 1]).validate()

@@ -20,7 +20,8 @@ from miles.models.compiled.build import BuildFailed
 from miles.planning.decode_kernel import FAMILIES
 from miles.planning.facts.compiler import read_compiler
 from miles.rollout.engine import GenerateOutput, GenerateRequest
-from miles.rollout.native.fused import build, kernel
+from miles.rollout.native.fused import build, kernel, runner
+from miles.rollout.native.slots import Slots
 from tests.cpu.rollout.conftest import Policy, make_decoder, make_spec, now, prompt_groups, request, run
 
 COMPILER = read_compiler()
@@ -148,6 +149,32 @@ def test_more_rows_than_the_kernel_reads_at_once(policy: Policy, library: Path) 
     requests = [request([7, i % 30, 3, 9], key=i, max_new_tokens=3) for i in range(300)]
     for one, other in both(policy, library, requests, max_running_requests=300):
         assert_same(one, other)
+
+
+@needs_compiler
+def test_where_nobody_waits_the_kernel_draws_until_all_are_done(
+    policy: Policy, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "MOST_SECONDS", 60.0)
+    calls: list[int] = []
+    advance = runner.FusedRunner.advance
+
+    def counted(self: runner.FusedRunner, slots: Slots, running: int, *how: Any) -> tuple[int, torch.Tensor]:
+        calls.append(running)
+        return advance(self, slots, running, *how)
+
+    monkeypatch.setattr(runner.FusedRunner, "advance", counted)
+    requests = [request([7, i, 3], key=i, max_new_tokens=2 + i) for i in range(6)]
+    engine = policy.engine(decode_library=library)
+    answers = run(engine.generate(requests))
+    assert calls == [6]
+    assert [len(answer.output_ids) for answer in answers] == [2, 3, 4, 5, 6, 7]
+    assert engine.metrics()["generated_tokens"] == 27
+    assert engine.metrics()["steps"] == 7 - 1
+    crowded = policy.engine(decode_library=library, max_running_requests=3)
+    for one, other in zip(answers, run(crowded.generate(requests)), strict=True):
+        assert_same(one, other)
+    assert len(calls) > 3, "a request that waits takes the first free slot"
 
 
 @needs_compiler

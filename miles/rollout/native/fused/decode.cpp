@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 
 #include "model.h"
 #include "sampling.h"
@@ -65,28 +66,32 @@ void miles_read(void* handle, const int64_t* tokens, const int64_t* slots, const
     }
 }
 
-// Decodes up to `most_steps` tokens for every request, and stops after a step in which one is done or after
-// `seconds`. done[slot] says which; returns the steps, or -1 - slot for a log-prob that is not finite.
-int64_t miles_decode(void* handle, const Requests* requests, int64_t n, int64_t most_steps, double seconds, uint8_t* done) {
+// Decodes up to `most_steps` tokens for every request that is not done. Stops after `seconds`, and after the step in
+// which the first of them is done, or with `to_the_end` the last. done[slot] (0 before) says which are; returns the
+// steps, or -1 - slot for a log-prob that is not finite.
+int64_t miles_decode(void* handle, const Requests* requests, int64_t n, int64_t most_steps, double seconds,
+                     int64_t to_the_end, uint8_t* done) {
     Model& model = *static_cast<Model*>(handle);
     const Requests& all = *requests;
     const int64_t most = std::min(n, model.most_rows());
-    std::vector<int64_t> slots(most), positions(most), route_rows(most);
+    std::vector<int64_t> left(n), tokens(most), positions(most), route_rows(most);
+    std::iota(left.begin(), left.end(), 0);
     Buffer weights(model.logit_stride());
     const auto begin = Clock::now();
     for (int64_t step = 1;; step++) {
-        bool any_done = false;
-        for (int64_t first = 0; first < n; first += most) {
-            const int64_t size = std::min(most, n - first);
+        const int64_t running = left.size();
+        for (int64_t first = 0; first < running; first += most) {
+            const int64_t size = std::min(most, running - first);
+            const int64_t* slots = left.data() + first;
             for (int64_t r = 0; r < size; r++) {
-                slots[r] = first + r;
-                positions[r] = all.lengths[first + r] - 1;
-                route_rows[r] = (first + r) * all.context_length + positions[r];
+                tokens[r] = all.last_tokens[slots[r]];
+                positions[r] = all.lengths[slots[r]] - 1;
+                route_rows[r] = slots[r] * all.context_length + positions[r];
             }
-            model.forward({all.last_tokens + first, slots.data(), positions.data(), size}, all.routes, route_rows.data());
+            model.forward({tokens.data(), slots, positions.data(), size}, all.routes, route_rows.data());
             float* logits = model.logits(nullptr, size);
             for (int64_t r = 0; r < size; r++) {
-                const int64_t slot = first + r, length = all.lengths[slot];
+                const int64_t slot = slots[r], length = all.lengths[slot];
                 const int64_t* stops = all.stop_ids + slot * all.num_stop;
                 const Manner manner{all.temperature[slot], all.greedy[slot] != 0, length < all.min_length[slot],
                                     all.stream[slot], stops, all.num_stop};
@@ -97,10 +102,11 @@ int64_t miles_decode(void* handle, const Requests* requests, int64_t n, int64_t 
                 all.log_probs[slot * all.context_length + length] = choice.log_prob;
                 done[slot] = ++all.lengths[slot] >= all.limits[slot];
                 for (int64_t s = 0; s < all.num_stop; s++) done[slot] |= stops[s] == choice.id;
-                any_done |= done[slot];
             }
         }
-        if (any_done || step == most_steps) return step;
+        left.erase(std::remove_if(left.begin(), left.end(), [&](int64_t slot) { return done[slot]; }), left.end());
+        const bool one_done = static_cast<int64_t>(left.size()) < running;
+        if (left.empty() || (one_done && !to_the_end) || step == most_steps) return step;
         if (std::chrono::duration<double>(Clock::now() - begin).count() > seconds) return step;
     }
 }

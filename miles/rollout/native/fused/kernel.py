@@ -65,7 +65,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "miles_load": (None, (c_void_p, POINTER(ModelWeights), POINTER(LayerWeights))),
     "miles_copy_slots": (None, (c_void_p, *(c_int64,) * 5, c_void_p, c_void_p, c_int64)),
     "miles_read": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
-    "miles_decode": (c_int64, (c_void_p, POINTER(Requests), c_int64, c_int64, c_double, c_void_p)),
+    "miles_decode": (c_int64, (c_void_p, POINTER(Requests), *(c_int64,) * 2, c_double, c_int64, c_void_p)),
 }
 
 
@@ -163,8 +163,10 @@ class Kernel:
         self._library.read(self._model, *rows, len(tokens), wanted.data_ptr(), logits.data_ptr(), at_routes)
         return logits, routes
 
-    def decode(self, slots: Slots, running: int, most_steps: int, seconds: float) -> tuple[int, torch.Tensor]:
-        """Draw tokens for slots 0..running-1 until a request is done, see miles_decode.
+    def decode(
+        self, slots: Slots, running: int, most_steps: int, seconds: float, to_the_end: bool
+    ) -> tuple[int, torch.Tensor]:
+        """Draw tokens for slots 0..running-1 until one request is done, or all of them; see miles_decode.
 
         Returns the steps taken, or -1 - slot where a log-prob is not finite, and who is done, bool [running].
         """
@@ -179,8 +181,8 @@ class Kernel:
             slots.context_length,
             slots.stop_ids.shape[1],
         )
-        steps = self._library.decode(self._model, requests, running, most_steps, seconds, done.data_ptr())
-        return steps, done
+        bounds = (running, most_steps, seconds, to_the_end)
+        return self._library.decode(self._model, requests, *bounds, done.data_ptr()), done
 
 
 def _layer_sizes(mlp: Any) -> LayerSizes:

@@ -76,9 +76,11 @@ class FusedRunner:
         slots = self._slots[: len(tokens)]
         return self.kernel.read(tokens, slots, positions, slots)
 
-    def advance(self, slots: Slots, running: int, most_steps: int = MOST_STEPS) -> tuple[int, torch.Tensor]:
+    def advance(
+        self, slots: Slots, running: int, most_steps: int = MOST_STEPS, to_the_end: bool = False
+    ) -> tuple[int, torch.Tensor]:
         """Decode and draw for slots 0..running-1 without top-k or top-p; see `Kernel.decode`."""
-        return self.kernel.decode(slots, running, most_steps, MOST_SECONDS)
+        return self.kernel.decode(slots, running, most_steps, MOST_SECONDS, to_the_end)
 
 
 def _no_hidden(length: int) -> torch.Tensor:
