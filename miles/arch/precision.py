@@ -7,9 +7,10 @@ differ between two of them. It knows names only and never sees a number.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from miles.arch.expert_layout import split_experts, stacks, with_split_experts
 from miles.arch.spec import ArchSpec, Dtype
 from miles.arch.tensor_roles import Role, decoder_layer, is_fp32_buffer, role_of
 
@@ -108,6 +109,24 @@ class PrecisionPolicy:
     """Published names, or parts of them, that are not quantised."""
     other_parts: tuple[str, ...] = ()
     """How names begin that belong to no part of the decoder, see `ArchSpec.other_parts`."""
+    splits_experts: bool = False
+    """Whether experts that are published stacked are stored, and rounded, as the matrices inside: all of a
+    model's, where any is quantised, as readers take the experts of a checkpoint in one layout."""
+
+    def layout(self, spec: ArchSpec) -> ArchSpec:
+        """The model with its experts as they are stored."""
+        return with_split_experts(spec) if self.splits_experts else spec
+
+    def lost_exceptions(self, spec: ArchSpec) -> list[str]:
+        """Exceptions by names that stacked experts lose when they are split."""
+        if not self.splits_experts:
+            return []
+        before, after = list(stacks(spec)), split_experts(spec)
+        return [
+            part
+            for part in self.kept
+            if any(part in name for name in before) and not any(part in name for name in after)
+        ]
 
     def storage(self, name: str) -> NumberFormat:
         """The format in which the engine holds a published tensor, and every transfer and checkpoint."""
@@ -116,6 +135,10 @@ class PrecisionPolicy:
     def compute(self, name: str) -> NumberFormat:
         """The format that the trainer's forward rounds a published tensor to."""
         return self._applied(self.training, name)
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether a published tensor is rounded on either side."""
+        return not (self.storage(name).is_plain and self.compute(name).is_plain)
 
     def of(self, name: str) -> TensorPrecision:
         """Everything about one published tensor."""
@@ -172,7 +195,7 @@ def precision_policy(
     kept: tuple[str, ...] = (),
 ) -> PrecisionPolicy:
     """The policy of a model. `training` None: the trainer computes in `plain`."""
-    return PrecisionPolicy(
+    policy = PrecisionPolicy(
         rollout=rollout,
         training=training or NumberFormat(plain),
         plain=plain,
@@ -183,3 +206,5 @@ def precision_policy(
         last_layers=last_layers,
         kept=kept,
     )
+    splits = any(policy.is_quantised(name) for name in split_experts(spec))
+    return replace(policy, splits_experts=splits)

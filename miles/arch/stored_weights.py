@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+from miles.arch.expert_layout import Cut
 from miles.arch.family import Shape
 from miles.arch.precision import NumberFormat
 from miles.arch.quantization_config import QuantisationTable, read_quantization_config
@@ -38,10 +40,18 @@ class StoredWeight:
     """By their names in the checkpoint."""
     block: tuple[int, int] | None = None
     """Rows and columns that share a scale, of `fp8`."""
+    cut: Cut | None = None
+    """Of a matrix that lies in a stacked tensor, its only part: where."""
+    pieces: tuple[tuple[Cut, StoredWeight], ...] = ()
+    """Of a stacked tensor that is stored as the matrices inside: each of them."""
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.parts.values())
+        """Bytes of the tensors that stand for it, of one cut out of a tensor its own."""
+        whole = sum(entry.nbytes for entry in self.parts.values())
+        if self.cut is None:
+            return whole
+        return whole * prod(self.shape) // sum(entry.numel for entry in self.parts.values())
 
     def part(self, *suffixes: str) -> str | None:
         """The name of the part that ends in one of these, if there is one."""

@@ -56,13 +56,21 @@ class MoeMlp(Projections):
             DenseMlp(DenseMlpSpec(spec.shared_size), hidden_size, dtype) if spec.shared_size else None
         )
 
+    def matrix(self, name: str) -> Tensor:
+        """The matrices of all experts [E, outputs, inputs], however they are published."""
+        own, operands = self._parameters[name], self.operands.get(name)
+        if own is not None and self.spec.stacked:
+            own = own.transpose(1, 2)
+        if operands is not None:
+            return operands.weight(own)
+        assert own is not None, f"{name} has no weights"
+        return own
+
     def forward(self, x: Tensor, router: Router) -> Tensor:
         """x [T, D] -> [T, D]."""
         scores = self.numerics.router_scores(x, self.router, self.spec.scoring)
         ids, weights = router.select(self.moe_layer, scores, self.spec, self.correction_bias)
         gate_up, down = self.matrix("gate_up"), self.matrix("down")
-        if self.spec.stacked:
-            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
         kernels = self.numerics.expert_kernels(gate_up, down)
         if "down" in self.operands:
             kernels = replace(kernels, rounded=self.operands["down"].activations)

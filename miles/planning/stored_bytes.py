@@ -29,7 +29,7 @@ class StoredBytes:
 def stored_bytes(spec: ArchSpec, policy: PrecisionPolicy) -> StoredBytes | None:
     """What every published tensor of the model takes, to the byte; None where one has no layout."""
     quantised = quantised_bytes = plain = plain_bytes = 0
-    for name, shape in published_tensors(spec).items():
+    for name, shape in published_tensors(policy.layout(spec)).items():
         target, numbers = policy.storage(name), math.prod(shape)
         if not has_layout(target, shape):
             return None

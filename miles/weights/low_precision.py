@@ -11,12 +11,14 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from miles.arch.expert_layout import is_stack, with_split_experts
 from miles.arch.precision import NumberFormat, PrecisionPolicy
 from miles.errors import ConfigError, MilesError
 from miles.models.projections import Projections
 from miles.precision.fake_operands import FakeOperands
 from miles.precision.weight_format import published, quantised, rounded
 from miles.weights.native_map import DRAFT, views_with_origin
+from miles.weights.stacked_experts import split_stack
 
 NATIVE_FORMATS = ("fp8", "mxfp8", "int4")
 """Quantised formats that the native decoder multiplies in."""
@@ -39,14 +41,24 @@ def fake_quantise(policy: PrecisionPolicy, decoder: nn.Module, draft: nn.Module 
 
 def as_stored(weights: Iterable[tuple[str, Tensor]], policy: PrecisionPolicy) -> Iterator[tuple[str, Tensor]]:
     """Weights under published names as they travel to an engine of this policy, and as a checkpoint holds
-    them: quantised ones in the tensors of their format.
+    them: quantised ones in the tensors of their format, stacked experts one by one where any is quantised.
     """
-    for name, tensor in weights:
+    for name, tensor in _as_laid_out(weights, policy):
         target = policy.storage(name)
         if target.is_plain:
             yield name, rounded(policy, name, tensor)
         else:
             yield from published(name, quantised(target, tensor)).items()
+
+
+def _as_laid_out(
+    weights: Iterable[tuple[str, Tensor]], policy: PrecisionPolicy
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        if policy.splits_experts and is_stack(name):
+            yield from split_stack(name, tensor)
+        else:
+            yield name, tensor
 
 
 def rounded_parameters(
@@ -58,7 +70,11 @@ def rounded_parameters(
     that the decoder does not multiply in.
     """
     found = {}
-    views = views_with_origin((decoder if draft is None else draft).spec, native_shapes(decoder, draft))
+    spec, shapes = (decoder if draft is None else draft).spec, native_shapes(decoder, draft)
+    if spec.moe is not None and spec.moe.stacked:
+        spec = with_split_experts(spec)
+        shapes = {name: shape.mT if shape.ndim == 3 else shape for name, shape in shapes.items()}
+    views = views_with_origin(spec, shapes)
     for origin, group in groupby(views, key=lambda view: view[0]):
         pieces = {name: view.shape[0] for _, name, view in group}
         formats = {form(name) for name in pieces}

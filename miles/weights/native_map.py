@@ -24,6 +24,7 @@ from miles.arch.family import MoeNames
 from miles.arch.spec import AttentionSpec, LayerSpec
 from miles.errors import CheckpointError
 from miles.weights.group import TensorGroup
+from miles.weights.stacked_experts import restacked
 
 View = tuple[str, str, Tensor]
 """Native name, published name, view."""
@@ -119,7 +120,8 @@ def load_each(
     items: Iterable[tuple[str, Tensor]],
     where: str,
 ) -> None:
-    """Hand every published tensor to `store` once, under the rules of `load_published`.
+    """Hand every published tensor to `store` once, under the rules of `load_published`; experts may come
+    split where the model has them stacked.
 
     Args:
         shapes: what the model has under published names.
@@ -128,7 +130,7 @@ def load_each(
     seen: dict[str, tuple[int, ...]] = {}
     copies: dict[str, Tensor] = {}
     originals = optional_copies(spec)
-    for name, tensor in items:
+    for name, tensor in restacked(spec, items):
         if name.startswith(spec.other_parts):
             continue
         if name in seen:

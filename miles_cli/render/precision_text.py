@@ -29,7 +29,7 @@ def tensor_precisions(
         problem = "the precision of each tensor depends on the model, which is not known"
         why = subject.facts.checkpoint.spec_problem
         raise ConfigError(MilesError(problem, why=why, fix="set model.hf_checkpoint or model.model_name"))
-    names = [name for name in published_tensors(spec) if part is None or part in name]
+    names = [name for name in published_tensors(policy.layout(spec)) if part is None or part in name]
     if not names:
         raise ConfigError(MilesError(f"no tensor of {spec.architecture} has {part!r} in its name"))
     return policy, policy.all_of(names)

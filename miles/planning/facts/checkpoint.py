@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from miles.arch import ArchSpec, check_shapes, load_spec, published_tensors, spec_from_hf_config
 from miles.arch.checkpoint import read_json
+from miles.arch.expert_layout import held_spec
 from miles.arch.quantization_config import read_quantization_config
 from miles.arch.safetensors_header import TensorEntry, read_headers
 from miles.arch.stored_weights import stored_weights
@@ -120,8 +121,9 @@ def _shapes_problem(
     if spec is None or not entries or not _layout_is_known(config):
         return ""
     try:
-        held = stored_weights(entries, config, published_tensors(spec), where).weights
-        check_shapes(spec, {name: weight.shape for name, weight in held.items()}, where=where)
+        layout = held_spec(spec, entries)
+        held = stored_weights(entries, config, published_tensors(layout), where).weights
+        check_shapes(layout, {name: weight.shape for name, weight in held.items()}, where=where)
     except CheckpointError as error:
         return error.what
     return ""

@@ -30,7 +30,9 @@ def tensors_differ(subject: Subject) -> Iterator[Found]:
     policy, held = _same_format(subject)
     if policy is None or held is None or subject.spec is None or not held.quantised:
         return
-    wanted = {name for name in published_tensors(subject.spec) if not policy.storage(name).is_plain}
+    wanted = {
+        name for name in published_tensors(policy.layout(subject.spec)) if not policy.storage(name).is_plain
+    }
     told = []
     if too_many := [n for n in sorted(held.quantised - wanted) if not _told_elsewhere(n, policy, held)]:
         told.append(f"quantised in the checkpoint, plain by the policy: {_listed(too_many)}")
@@ -74,7 +76,7 @@ def groups_do_not_fill_rows(subject: Subject) -> Iterator[Found]:
         return
     bad = [
         (name, shape[-1])
-        for name, shape in published_tensors(spec).items()
+        for name, shape in published_tensors(policy.layout(spec)).items()
         if not policy.storage(name).is_plain and shape[-1] % group
     ]
     if bad:
@@ -100,7 +102,7 @@ def exceptions_split_products(subject: Subject) -> Iterator[Found]:
         return
     kept: dict[str, str] = {}
     quantised: dict[str, str] = {}
-    for name in published_tensors(spec):
+    for name in published_tensors(policy.layout(spec)):
         product = _product(name)
         if not policy.compute(name).is_plain or not policy.storage(name).is_plain:
             quantised.setdefault(product, name)
@@ -132,18 +134,17 @@ def recipe_missing(subject: Subject) -> Iterator[Found]:
 @rule(
     "PRC15",
     Severity.ERROR,
-    title="stacked weights in a format of matrices",
-    cause="this family publishes all experts of a layer as one tensor of three dimensions, inputs first; no "
-    "quantised layout holds such a tensor",
-    fix="keep them plain: --extra-high-precision-layers-hf experts.",
+    title="an exception by the name of stacked experts",
+    cause="this family publishes all experts of a layer as one tensor; in a quantised format each matrix of "
+    "each expert is stored by itself, so that no tensor has this name",
+    fix="keep all experts, --extra-high-precision-layers-hf experts., or name gate_proj, up_proj, down_proj",
 )
-def stacked_weights(subject: Subject) -> Iterator[Found]:
+def exceptions_of_stacks(subject: Subject) -> Iterator[Found]:
     policy, spec = subject.precision, subject.spec
     if policy is None or spec is None:
         return
-    stacked = [name for name, shape in published_tensors(spec).items() if len(shape) > 2]
-    if bad := [n for n in stacked if not (policy.storage(n).is_plain and policy.compute(n).is_plain)]:
-        yield Found(_listed(bad), "precision.rollout_format")
+    if lost := policy.lost_exceptions(spec):
+        yield Found(", ".join(lost), "precision.extra_high_precision_layers_hf")
 
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")

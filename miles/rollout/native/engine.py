@@ -211,8 +211,9 @@ class NativeEngine:
         """Room for the weights of the policy, and of its MTP layers where it has any."""
         device, dtype, precision = self._runner.device, self.settings.dtype, self.settings.precision
         quantised = precision is not None and not precision.rollout.is_plain
+        spec = self.spec if precision is None else precision.layout(self.spec)
         with torch.device("meta" if quantised else device):
-            decoder = Decoder(self.spec, dtype)
+            decoder = Decoder(spec, dtype)
             draft = None if self.spec.mtp is None else MtpDraft(self.spec, dtype)
         if precision is not None and quantised:
             self.held = HeldWeights(precision, decoder, draft, dtype, device, self.settings.keep_expanded)

@@ -7,6 +7,7 @@ it. Tensors are read with `weights_only`.
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from miles.arch import ArchSpec, published_tensors
+from miles.arch.expert_layout import Cut
 from miles.arch.safetensors_header import TensorEntry
 from miles.errors import CheckpointError
 from miles.weights.convert.dcp_write import METADATA_FILE
@@ -24,6 +26,7 @@ from miles.weights.convert.file_part import FilePart
 from miles.weights.convert.reader import PIECE_BYTES
 from miles.weights.convert.run_state import PREFIX, STATE_DIR, RunState, state_of_dcp
 from miles.weights.safetensors_io import DTYPES
+from miles.weights.stacked_experts import matrix_of
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _SAFE = {
@@ -56,6 +59,8 @@ class DcpReader:
     def __init__(self, directory: Path, metadata: Metadata, keys: Mapping[str, str]) -> None:
         """`keys`: those of the weights by published name; other tensors are read under their own."""
         self._directory, self._metadata, self._keys = directory, metadata, keys
+        self._stack: tuple[str, Tensor] | None = None
+        self._guard = threading.Lock()
         self._places: dict[str, list[tuple[Any, Any]]] = {}
         for index, info in metadata.storage_data.items():
             self._places.setdefault(index.fqn, []).append((index, info))
@@ -76,6 +81,15 @@ class DcpReader:
             whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape, strict=True))] = part
         assert whole is not None
         return whole
+
+    def columns(self, entry: TensorEntry, cut: Cut) -> Tensor:
+        """A stacked tensor is read once for all the matrices in it, which come one after another."""
+        with self._guard:
+            if self._stack is None or self._stack[0] != entry.name:
+                self._stack = None
+                self._stack = entry.name, self.read(entry)
+            whole = self._stack[1]
+        return matrix_of(whole, cut)
 
     def pieces(self, entry: TensorEntry) -> Iterator[Tensor]:
         flat = self.read(entry).reshape(-1)

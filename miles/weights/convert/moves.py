@@ -1,4 +1,6 @@
-"""What becomes of one weight: copied as it is stored, cast, quantised, dequantised, or made anew."""
+"""What becomes of one weight: copied as it is stored, cast, quantised, dequantised or made anew; experts also
+split out of a stacked tensor, or stacked.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from miles.arch.stored_forms import FP8_BLOCK, Form, stored_forms
 from miles.arch.stored_weights import StoredWeight
 from miles.weights.convert.wanted import Wanted
 
-How = Literal["copied", "cast", "quantised", "dequantised", "requantised", "new"]
+How = Literal["copied", "cast", "quantised", "dequantised", "requantised", "split", "stacked", "new"]
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,28 @@ def move(weight: StoredWeight, wanted: Wanted, policy: PrecisionPolicy | None, s
         unfit = _unfit(weight, target)
         return Move(weight, target, {} if unfit else _forms(weight, target), "new", why, unfit)
     held = {name: (entry.dtype, entry.shape) for name, entry in weight.parts.items()}
-    if target is None or (wanted.format is None and target == weight.format):
+    as_held = weight.cut is None and not weight.pieces
+    if as_held and (target is None or (wanted.format is None and target == weight.format)):
         return Move(weight, target, held, "copied", why)
     if unfit := _unfit(weight, target):
         return Move(weight, target, {}, "quantised", why, unfit)
     forms = _forms(weight, target)
-    if _same(weight, target, held, forms):
+    assert weight.format is not None and target is not None
+    if as_held and _same(weight, target, held, forms):
         return Move(weight, target, held, "copied", why)
+    return Move(weight, target, forms, _how(weight, target), why)
+
+
+def _how(weight: StoredWeight, target: NumberFormat) -> How:
+    """How numbers change; where they do not, or are only cast, how experts do."""
     assert weight.format is not None
-    before, after = weight.format.is_plain, target.is_plain
-    how: How = ("cast" if after else "quantised") if before else ("dequantised" if after else "requantised")
-    return Move(weight, target, forms, how, why)
+    if not weight.format.is_plain:
+        return "dequantised" if target.is_plain else "requantised"
+    if not target.is_plain:
+        return "quantised"
+    if weight.cut is not None:
+        return "split"
+    return "stacked" if weight.pieces else "cast"
 
 
 def moment_move(weight: StoredWeight, wanted: Wanted) -> Move:
@@ -86,8 +99,6 @@ def _same(
 def _unfit(weight: StoredWeight, target: NumberFormat | None) -> str:
     if target is None or target.is_plain:
         return ""
-    if len(weight.shape) != 2:
-        return f"{target.name} has no layout for stacked weights of {len(weight.shape)} dimensions"
     if target.group and weight.shape[1] % target.group:
         return f"rows of {weight.shape[1]} weights cannot be cut into {target.name} groups of {target.group}"
     return ""

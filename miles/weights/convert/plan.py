@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from miles.arch import ArchSpec, published_tensors, with_mtp
 from miles.arch.checkpoint import with_mtp_depth
+from miles.arch.expert_layout import held_spec
 from miles.arch.hf_config import HF_DTYPE_NAMES
 from miles.arch.precision import NumberFormat, PrecisionPolicy
 from miles.arch.quantization_config import KEYS, quantization_config
 from miles.arch.stored_weights import StoredWeight
 from miles.errors import CheckpointError
 from miles.weights.convert.moves import Move, moment_move, move
+from miles.weights.convert.relaid import relaid
 from miles.weights.convert.shards import Shard, pack
 from miles.weights.convert.source import Source
 from miles.weights.convert.wanted import Wanted
@@ -31,7 +33,7 @@ class Conversion:
     target: Path
     wanted: Wanted
     spec: ArchSpec
-    """The model as it will be."""
+    """The model as it will be, as its family publishes it."""
     config: Mapping[str, Any]
     """The config.json that goes with it."""
     moves: tuple[Move, ...]
@@ -80,15 +82,17 @@ def plan_conversion(source: Source, target: Path, wanted: Wanted) -> Conversion:
         raise CheckpointError("already exists", where=str(target), fix="choose another directory")
     spec = _spec(source, wanted)
     policy = wanted.policy(spec)
-    fresh = _fresh_weights(source, spec)
-    weights = [*source.weights.values(), *fresh]
+    layout = _layout(source, spec, policy, wanted)
+    held = list(relaid(source.weights, source.spec, layout))
+    weights = [*held, *_fresh_weights(held, layout)]
     moves = tuple(move(weight, wanted, policy, spec) for weight in weights)
     _refuse_unfit(moves, target)
     _check_state(source, wanted)
     if _carries_state(wanted):
         moves += tuple(moment_move(moment, wanted) for moment in source.state.moments.values())
     shards = pack(moves, wanted)
-    plan = Conversion(source, target, wanted, spec, _config(source, spec, policy, moves), moves, shards)
+    config = _config(source, layout, policy, moves)
+    plan = Conversion(source, target, wanted, spec, config, moves, shards)
     _check_space(plan)
     return plan
 
@@ -112,10 +116,25 @@ def _spec(source: Source, wanted: Wanted) -> ArchSpec:
     return with_mtp(source.spec, count)
 
 
-def _fresh_weights(source: Source, spec: ArchSpec) -> Iterator[StoredWeight]:
+def _layout(source: Source, spec: ArchSpec, policy: PrecisionPolicy | None, wanted: Wanted) -> ArchSpec:
+    """The model with its experts as the target stores them: as published where nothing asks otherwise."""
+    if policy is None:
+        return held_spec(spec, source.weights) if wanted.layout == "hf" else spec
+    if lost := policy.lost_exceptions(spec):
+        raise CheckpointError(
+            f"no tensor of the target has {', '.join(lost)} in its name",
+            where="extra_high_precision_layers_hf",
+            why="a quantised checkpoint holds the matrices of each expert by themselves",
+            fix="keep all experts with experts., or name gate_proj, up_proj and down_proj",
+        )
+    return policy.layout(spec)
+
+
+def _fresh_weights(held: Iterable[StoredWeight], spec: ArchSpec) -> Iterator[StoredWeight]:
     """Weights that the source lacks, as if they were stored in the model's own format."""
+    known = {weight.name for weight in held}
     for name, shape in published_tensors(spec).items():
-        if name not in source.weights:
+        if name not in known:
             yield StoredWeight(name, shape, NumberFormat(spec.dtype), {})
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from miles.arch.expert_layout import Cut
 from miles.arch.safetensors_header import TensorEntry
 from miles.errors import CheckpointError
 from miles.weights.safetensors_io import DTYPES
@@ -30,6 +31,9 @@ class Reader(Protocol):
 
     def read(self, entry: TensorEntry) -> Tensor:
         """A whole tensor."""
+
+    def columns(self, entry: TensorEntry, cut: Cut) -> Tensor:
+        """A matrix out of a stacked tensor."""
 
     def pieces(self, entry: TensorEntry) -> Iterator[Tensor]:
         """The numbers of a tensor in order, flat, a few MB at a time."""
@@ -49,6 +53,14 @@ class SafetensorsReader:
 
     def read(self, entry: TensorEntry) -> Tensor:
         return self._read(entry, entry.offset, entry.nbytes).view(entry.shape)
+
+    def columns(self, entry: TensorEntry, cut: Cut) -> Tensor:
+        whole = torch.empty(entry.shape[1], cut.last - cut.first, dtype=DTYPES[entry.dtype])
+        descriptor = self._descriptor(entry.file)
+        for row, offset in zip(whole, offsets(entry, cut), strict=True):
+            if not read_into(descriptor, offset, row.view(torch.uint8)):
+                raise _cut_short(entry)
+        return whole.mT.contiguous()
 
     def pieces(self, entry: TensorEntry) -> Iterator[Tensor]:
         for begin in range(0, entry.nbytes, PIECE_BYTES):
@@ -74,11 +86,7 @@ class SafetensorsReader:
     def _read(self, entry: TensorEntry, offset: int, nbytes: int) -> Tensor:
         raw = torch.empty(nbytes, dtype=torch.uint8)
         if not read_into(self._descriptor(entry.file), offset, raw):
-            raise CheckpointError(
-                f"the file ends inside {entry.name}: it was cut short while it was read",
-                where=str(entry.file),
-                fix="copy or download the file again",
-            )
+            raise _cut_short(entry)
         return raw.view(DTYPES[entry.dtype])
 
     def _descriptor(self, path: Path) -> int:
@@ -86,6 +94,22 @@ class SafetensorsReader:
             if path not in self._files:
                 self._files[path] = os.open(path, os.O_RDONLY)
             return self._files[path]
+
+
+def offsets(entry: TensorEntry, cut: Cut) -> range:
+    """Where in its file each of the D runs of numbers begins that a matrix takes of a stacked tensor."""
+    _, rows, outputs = entry.shape
+    size = DTYPES[entry.dtype].itemsize
+    begin = entry.offset + (cut.expert * rows * outputs + cut.first) * size
+    return range(begin, begin + rows * outputs * size, outputs * size)
+
+
+def _cut_short(entry: TensorEntry) -> CheckpointError:
+    return CheckpointError(
+        f"the file ends inside {entry.name}: it was cut short while it was read",
+        where=str(entry.file),
+        fix="copy or download the file again",
+    )
 
 
 def read_into(descriptor: int, offset: int, raw: Tensor) -> bool:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from miles.arch.expert_layout import Cut
 from miles.arch.safetensors_header import TensorEntry
 from miles.weights.convert.moves import Move
-from miles.weights.convert.reader import bytes_of, write_all
+from miles.weights.convert.reader import bytes_of, offsets, write_all
 from miles.weights.convert.shards import Shard
 from miles.weights.safetensors_io import DTYPES
 
@@ -30,6 +31,12 @@ class ShardFile:
         raw = bytes_of(numbers)
         write_all(self._opened(), self.shard.begins[name] + at, raw)
         return at + raw.numel()
+
+    def write_columns(self, held: TensorEntry, cut: Cut, matrix: Tensor) -> None:
+        """Put a matrix where it lies in a stacked tensor."""
+        descriptor = self._opened()
+        for row, offset in zip(matrix.mT.contiguous(), offsets(held, cut), strict=True):
+            write_all(descriptor, offset, bytes_of(row))
 
     def entries(self, one: Move) -> dict[str, TensorEntry]:
         """The tensors of a weight as a reader finds them."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from miles.arch import ArchSpec, check_shapes, load_spec, published_tensors
 from miles.arch.checkpoint import read_json
+from miles.arch.expert_layout import held_spec
 from miles.arch.safetensors_header import TensorEntry, read_headers
 from miles.arch.stored_weights import StoredWeight, StoredWeights, stored_weights
 from miles.errors import CheckpointError, Unavailable
@@ -31,6 +32,7 @@ class Source:
     """Where config.json, tokenizer and generation settings are."""
     config: Mapping[str, Any]
     spec: ArchSpec
+    """The model as its family publishes it; experts may be stored in another layout."""
     stored: StoredWeights
     files: tuple[Path, ...]
     """The files with weights, sorted."""
@@ -119,8 +121,9 @@ def _checked(directory: Path, config_dir: Path, held: _Safetensors | DcpContents
     config = _with_modelopt(read_json(config_dir / "config.json"), config_dir)
     ordered = dict(sorted(held.entries.items(), key=lambda item: (item[1].file, item[1].offset)))
     where = str(directory)
-    stored = stored_weights(ordered, config, published_tensors(spec), where)
-    check_shapes(spec, {name: weight.shape for name, weight in stored.weights.items()}, where)
+    held_as = held_spec(spec, ordered)
+    stored = stored_weights(ordered, config, published_tensors(held_as), where)
+    check_shapes(held_as, {name: weight.shape for name, weight in stored.weights.items()}, where)
     stored = replace(stored, left_out={**stored.left_out, **held.left_out})
     return Source(directory, config_dir, config, spec, stored, held.files, held.reader, held.state)
 

@@ -12,7 +12,6 @@ from math import lcm, prod
 from miles.arch.safetensors_header import TensorEntry
 from miles.arch.stored_forms import FP8_BLOCK
 from miles.arch.stored_weights import StoredWeight
-from miles.weights.convert.moves import Move
 
 STRIP_NUMBERS = 1 << 22
 """Numbers that are rounded at a time, unless a block of rows has more."""
@@ -22,28 +21,29 @@ WHOLE = ("_shape", "_scale_2", "_global_scale")
 """Parts that all rows share."""
 
 
-def strips(one: Move) -> Iterator[tuple[int, int]]:
+def strips(weight: StoredWeight) -> Iterator[tuple[int, int]]:
     """First rows and ends; `uncut` for what is no matrix."""
-    shape = one.weight.shape
-    if len(shape) != 2:
-        yield uncut(one)
+    if len(weight.shape) != 2:
+        yield uncut(weight)
         return
-    rows, columns = shape
-    unit = lcm(FP8_BLOCK[0], (one.weight.block or FP8_BLOCK)[0])
+    rows, columns = weight.shape
+    unit = lcm(FP8_BLOCK[0], (weight.block or FP8_BLOCK)[0])
     step = max(STRIP_NUMBERS // max(columns, 1) // unit, 1) * unit
     for begin in range(0, rows, step):
         yield begin, min(begin + step, rows)
 
 
-def uncut(one: Move) -> tuple[int, int]:
+def uncut(weight: StoredWeight) -> tuple[int, int]:
     """All rows; a number counts as one."""
-    return 0, (*one.weight.shape, 1)[0]
+    return 0, (*weight.shape, 1)[0]
 
 
 def rows_of(weight: StoredWeight, begin: int, end: int) -> StoredWeight:
     """The rows of a stored weight as a stored weight, without reading it. `begin` is where a block begins."""
     if not weight.shape or (begin, end) == (0, weight.shape[0]):
         return weight
+    if weight.cut is not None:
+        return replace(weight, shape=(end - begin, weight.shape[1]), cut=weight.cut.rows(begin, end))
     parts = {name: _rows_of_part(weight, name, entry, begin, end) for name, entry in weight.parts.items()}
     return replace(weight, shape=(end - begin, *weight.shape[1:]), parts=parts)
 

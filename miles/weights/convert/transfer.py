@@ -21,6 +21,7 @@ from miles.weights.convert.shards import Group
 from miles.weights.convert.stored import as_numbers
 from miles.weights.convert.strips import rows_of, strips, uncut
 from miles.weights.safetensors_io import DTYPES
+from miles.weights.stacked_experts import stacked
 
 Outcome = dict[str, Any]
 """What became of a weight, as the manifest says it."""
@@ -46,16 +47,18 @@ class Transfer:
             one = group[0]
             found = self._copy(one, file) if one.how == "copied" else self._cast(one, file)
             return {one.name: outcome(one) | found}
+        if group[0].weight.pieces:
+            return {one.name: outcome(one) | self._stack(one, file) for one in group}
         target = group[0].target
         assert target is not None
-        every = (self._strip(one, begin, end) for one in group for begin, end in self._strips(one))
+        every = (self._strip(one, begin, end) for one in group for begin, end in self._strips(one.weight))
         shared = shared_scale(target, every)
         return {one.name: outcome(one) | self._in_strips(one, file, shared) for one in group}
 
     def _in_strips(self, one: Move, file: ShardFile, shared: Tensor | None) -> Outcome:
         held = StoredWeight(one.name, one.weight.shape, one.target, file.entries(one), FP8_BLOCK)
         error = RoundTrip()
-        for begin, end in self._strips(one):
+        for begin, end in self._strips(one.weight):
             exact, place = self._strip(one, begin, end), rows_of(held, begin, end)
             for name, tensor in _stored(one, exact, shared).items():
                 file.write(name, place.parts[name].offset - held.parts[name].offset, tensor)
@@ -64,8 +67,19 @@ class Transfer:
                 error.add(exact, as_numbers(place, parts, torch.float32))
         return error.as_dict() if self.verify else {}
 
-    def _strips(self, one: Move) -> Iterator[tuple[int, int]]:
-        return strips(one) if self.source.has_rows else iter([uncut(one)])
+    def _stack(self, one: Move, file: ShardFile) -> Outcome:
+        (held,) = file.entries(one).values()
+        error, dtype = RoundTrip(), DTYPES[held.dtype]
+        for cut, piece in one.weight.pieces:
+            for begin, end in self._strips(piece):
+                exact, place = self._read(rows_of(piece, begin, end)), cut.rows(begin, end)
+                file.write_columns(held, place, checked_cast(exact, dtype, one.name))
+                if self.verify:
+                    error.add(exact, self.written.columns(held, place))
+        return error.as_dict() if self.verify else {}
+
+    def _strips(self, weight: StoredWeight) -> Iterator[tuple[int, int]]:
+        return strips(weight) if self.source.has_rows else iter([uncut(weight)])
 
     def _strip(self, one: Move, begin: int, end: int) -> Tensor:
         if not one.weight.parts:
@@ -99,6 +113,11 @@ class Transfer:
         return self._read(one.weight) if one.weight.parts else self.fresh(one.name)
 
     def _read(self, weight: StoredWeight) -> Tensor:
+        if weight.pieces:
+            return stacked(weight.shape, ((cut, self._read(piece)) for cut, piece in weight.pieces))
+        if weight.cut is not None:
+            (entry,) = weight.parts.values()
+            return self.source.columns(entry, weight.cut)
         parts = {name: self.source.read(entry) for name, entry in weight.parts.items()}
         if weight.format is None or weight.format.is_plain:
             (numbers,) = parts.values()

@@ -561,8 +561,11 @@ CASES: dict[str, tuple[Case, Case]] = {
     ),
     "PRC14": (Case("--fp8-format e4m3 --rollout-format fp8"), Case(BLOCKWISE)),
     "PRC15": (
-        Case("--rollout-format fp8 --use-tis", facts=stacked),
-        Case("--rollout-format bf16 --use-tis", facts=stacked),
+        Case(
+            "--rollout-format fp8 --use-tis --extra-high-precision-layers-hf experts.gate_up_proj",
+            facts=stacked,
+        ),
+        Case("--rollout-format fp8 --use-tis --extra-high-precision-layers-hf experts.", facts=stacked),
     ),
     "ALN3": (
         scaled("--sglang-enable-return-routed-experts=false"),

@@ -68,6 +68,17 @@ def latent_spec() -> ArchSpec:
     )
 
 
+def stacked_spec() -> ArchSpec:
+    """The same as Llama 4 publishes it: experts stacked, inputs first, scaled at their inputs."""
+    spec = wide_spec()
+    attention = replace(spec.layers[0].attention, qk_norm=False, qk_unit=True)
+    moe = MoeSpec(4, 1, 96, False, "sigmoid", scales_inputs=True, stacked=True, shared_size=96)
+    dense, experts = LayerSpec(attention, DenseMlpSpec(448)), LayerSpec(attention, moe)
+    return replace(
+        spec, family="llama4_text", architecture="Llama4ForCausalLM", layers=(dense, experts, experts)
+    )
+
+
 class Pair:
     """A trainer and the engine that holds its weights, each under the policy it was told."""
 

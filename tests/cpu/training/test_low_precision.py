@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 import torch
-from low_precision_support import Pair, latent_spec, wide_spec
+from low_precision_support import GAP, Pair, latent_spec, stacked_spec, wide_spec
 
 from miles.arch.precision import NumberFormat, precision_policy
 from miles.errors import CheckpointError, ConfigError
@@ -17,6 +17,7 @@ from miles.models.projections import Projections
 from miles.precision.fp8_block import ACTIVATIONS, fake_quantise
 from miles.precision.mxfp8 import Mxfp8
 from miles.precision.rounding_sums import rounding_sums, shares
+from miles.precision.weight_format import dequantised, quantised
 from miles.weights.low_precision import as_stored
 from miles.weights.low_precision import fake_quantise as round_decoder
 
@@ -115,6 +116,23 @@ def test_latent_attention_and_shared_experts_are_rounded_alike(name: str) -> Non
     matrices = {name for block in blocks(pair.trainer.decoder) for name in block.operands}
     attention = set() if name == "int4" else {"down", "q", "kv_up", "o", "k"}
     assert matrices == {"gate_up", "down"} | attention
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_stacked_experts_are_rounded_and_sent_one_by_one(name: str) -> None:
+    pair = Pair(FORMATS[name], FORMATS[name], spec=stacked_spec())
+    ours, theirs = (side.decoder.layers[1].mlp for side in (pair.trainer, pair.engine))
+    published = dict(pair.trainer.named_weights())["model.layers.1.feed_forward.experts.gate_up_proj"]
+    assert published.shape == (4, 320, 192), "the trainer's checkpoints are as published"
+    gate = quantised(FORMATS[name], published[2, :, :96].T.contiguous())
+    assert torch.equal(ours.matrix("gate_up")[2, :96], dequantised(gate))
+    for matrix in ("gate_up", "down"):
+        assert torch.equal(ours.matrix(matrix), theirs.matrix(matrix)), matrix
+    assert torch.equal(ours.router, theirs.router)
+    before, batch = ours.down.detach().clone(), pair._rollout(8, 8)
+    result = pair.trainer.train_step(batch)
+    assert not result.events and result.metrics[GAP] < 2e-3
+    assert not torch.equal(before, ours.down), "the gradient arrives at the stack"
 
 
 def test_fp8_on_both_sides_leaves_a_tenth_of_the_gap_and_a_wrong_scale_brings_it_back() -> None:
