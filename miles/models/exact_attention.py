@@ -37,8 +37,8 @@ KEY_BLOCK = 128
 QUERY_STEP = 8
 """Packed queries come in whole steps, so `min_queries` up to this costs nothing there."""
 QUERY_BLOCK = 128
-SCORE_ELEMENTS = 1 << 25
-"""Scores held at once: 128 MiB in fp32."""
+SCORE_ELEMENTS = 1 << 20
+"""Scores held at once: 4 MiB in fp32, held by a cache until their last use."""
 
 
 def padded_keys(count: int) -> int:
@@ -60,8 +60,11 @@ def probabilities(q: Tensor, k: Tensor, masked_from: int, mask: Tensor) -> Tenso
 
 def weighted_values(p: Tensor, v: Tensor) -> Tensor:
     """p [B, M, S] @ v [B, S, d], block after block, all in fp32."""
+    num_keys = v.shape[1]
+    if num_keys <= KEY_BLOCK:
+        return bmm(p, v)
     total = bmm(p[..., :KEY_BLOCK], v[:, :KEY_BLOCK])
-    for start in range(KEY_BLOCK, v.shape[1], KEY_BLOCK):
+    for start in range(KEY_BLOCK, num_keys, KEY_BLOCK):
         block = slice(start, start + KEY_BLOCK)
         total += bmm(p[..., block], v[:, block])
     return total
@@ -92,7 +95,7 @@ class ExactCachedAttention:
         values = cache.values[layer, :n, :, : self.num_keys].flatten(0, 1).float()
         queries, p = self._buffers(groups)
         torch.mul(q.float(), spec.head_dim**-0.5, out=queries.own.view(q.shape))
-        scores = bmm(queries.read, keys.transpose(1, 2)).unflatten(0, (n, -1))
+        scores = bmm(queries.read, keys.transpose(1, 2)).view(n, -1, queries.read.shape[1], self.num_keys)
         softmax(scores[:, :, :groups] + self._mask, out=p.own)
         out = weighted_values(p.read, values)
         return out[:, :groups].reshape(n, spec.query_width).to(q.dtype)

@@ -79,12 +79,13 @@ def _laid_out(
     order = expert.astype(np.int16).argsort(kind="stable")
     ends = filled.cumsum()
     # A group moves by the rows with which those before it were filled up.
-    shift = (ends - filled) - (counts.cumsum() - counts)
-    at = np.repeat(shift, counts)
+    at = (ends - filled - counts.cumsum() + counts).repeat(counts)
     at += np.arange(len(expert))
     tokens = np.zeros(int(ends[-1]), np.int64)
     tokens[at] = order // ids.shape[1]
     place = np.empty_like(order)
     place[order] = at
-    on_device = [torch.from_numpy(x).to(ids.device) for x in (tokens, place, ends.astype(np.int32))]
-    return ExpertRows(on_device[0], on_device[1], on_device[2], cut, width)
+    made = [torch.from_numpy(x) for x in (tokens, place, ends.astype(np.int32))]
+    if ids.device.type != "cpu":
+        made = [x.to(ids.device) for x in made]
+    return ExpertRows(made[0], made[1], made[2], cut, width)

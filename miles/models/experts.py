@@ -91,6 +91,10 @@ def _project(rows: Tensor, matrices: Tensor, layout: ExpertRows, blocks: RowBloc
     """rows [P, A] of each group times its expert's [B, A]ᵀ -> [P, B]."""
     if blocks is None:
         return grouped_mm(rows, matrices.transpose(1, 2), layout.ends)
+    if layout.width is not None and blocks.dtype == rows.dtype == matrices.dtype:
+        # On few rows every call that changes nothing would show.
+        groups = rows.view(len(matrices), layout.width, -1)
+        return bmm(groups, matrices.transpose(1, 2)).view(len(rows), -1)
     rows, matrices_T = rows.to(blocks.dtype), matrices.to(blocks.dtype).transpose(1, 2)
     if layout.width is not None:
         out = bmm(rows.unflatten(0, (-1, layout.width)), matrices_T).flatten(0, 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """a [B, M, K] @ b [B, K, N]; without autograd on CUDA."""
-    if a.device.type != "cuda":
+    if not a.is_cuda:
         return torch.bmm(a, b)
     from miles.models.cuda import kernels
 
@@ -18,7 +18,7 @@ def bmm(a: Tensor, b: Tensor) -> Tensor:
 
 def softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
     """Over the last dimension of an fp32 tensor; without autograd on CUDA."""
-    if x.device.type != "cuda":
+    if not x.is_cuda:
         return torch.softmax(x, -1) if out is None else torch.softmax(x, -1, out=out)
     from miles.models.cuda import kernels
 
@@ -27,7 +27,7 @@ def softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 def mm(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
     """x [M, K] @ matrix [K, N]; without autograd on CUDA."""
-    if x.device.type != "cuda":
+    if not x.is_cuda:
         return torch.mm(x, matrix, out=out) if out is not None else torch.mm(x, matrix)
     product = bmm(x.unsqueeze(0), matrix.unsqueeze(0))[0]
     return product if out is None else out.copy_(product)

@@ -88,7 +88,7 @@ def rotate_halves(heads: Tensor, rotation: Tensor) -> Tensor:
     width = rotation.shape[-1]
     if width < heads.shape[-1]:
         return torch.cat((rotate_halves(heads[..., :width], rotation), heads[..., width:]), -1)
-    cos, sin = rotation.split(1, dim=1)
+    cos, sin = rotation.split_with_sizes((1, 1), 1)
     if torch.is_grad_enabled() and heads.requires_grad:
         return _RotateHalves.apply(heads, cos, sin)
     return _rotate_halves(heads, cos, sin)

@@ -2,7 +2,7 @@
 
 A matrix library chooses its kernel, and with it the order of a sum, by the number of rows. `RowBlocks` lists
 counts at which a row was measured to get the same bits (`invariance`); any other number of rows is cut into
-such blocks and the last one filled up with zeros. Backward is one product: bit-equality is a promise about
+such blocks and the last one filled up. Backward is one product: bit-equality is a promise about
 the forward pass. Shapes: T rows, K inputs, N outputs.
 """
 
@@ -60,16 +60,27 @@ class RowBlocks:
 
 def blocked_product(x: Tensor, weight: Tensor, blocks: RowBlocks) -> Tensor:
     """x [T, K] @ weight [N, K]ᵀ -> [T, N] in x's dtype, rounded once, without autograd."""
-    rows = x.shape[0]
-    if rows in blocks.alone and blocks.dtype == x.dtype:
+    rows, own = x.shape[0], blocks.dtype == x.dtype
+    if own and rows in blocks.alone:
         return mm(x, weight.t())
     sizes = blocks.cut(rows)
     held = sum(sizes)
     if held > rows:
-        x = F.pad(x, (0, 0, 0, held - rows))
-    matrix = weight.to(blocks.dtype).t()
-    out = products(x.to(blocks.dtype), [matrix] * len(sizes), sizes).to(weight.dtype)
+        x = filled_up(x, held)
+    if own:
+        out = products(x, [weight.t()] * len(sizes), sizes)
+    else:
+        matrix = weight.to(blocks.dtype).t()
+        out = products(x.to(blocks.dtype), [matrix] * len(sizes), sizes).to(weight.dtype)
     return out[:rows] if held > rows else out
+
+
+def filled_up(x: Tensor, rows: int) -> Tensor:
+    """x [T, K] with rows behind it that nobody reads -> [rows, K]; copying its own first is the quickest."""
+    missing = rows - x.shape[0]
+    if missing > x.shape[0]:
+        return F.pad(x, (0, 0, 0, missing))
+    return torch.cat((x, x[:missing]))
 
 
 def products(x: Tensor, matrices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
