@@ -12,8 +12,8 @@ def megatron_obstacle(spec: ArchSpec) -> str:
     """What stands in the way of the Megatron trainer; empty where nothing does."""
     if spec.family not in FAMILIES:
         return f"a model of the family {spec.family}"
-    if spec.mtp is not None:
-        return "MTP layers"
+    if spec.mtp is not None and any(layer != spec.layers[-1] for layer in spec.mtp.layers):
+        return "MTP layers of another kind than the last layer"
     mlps = [layer.mlp for layer in spec.layers]
     if len({layer.attention for layer in spec.layers}) > 1:
         return "layers that differ in their attention"

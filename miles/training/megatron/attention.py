@@ -38,13 +38,24 @@ class PackedRows(PackedSeqParams):
     layers: tuple[LayerSpec, ...] = ()
 
 
-def packed_rows(micro_batch: MicroBatch, layout: MegatronLayout, spec: ArchSpec) -> PackedRows:
-    """What the layers read of a micro-batch; its padding rows are a sequence of their own."""
-    tokens_T, positions_T = micro_batch.tokens_T, micro_batch.positions_T
+def micro_batch_rows(micro_batch: MicroBatch, layout: MegatronLayout, spec: ArchSpec) -> PackedRows:
+    """What the layers read of a micro-batch."""
+    cu_seqlens, shared = micro_batch.cu_seqlens_N1, micro_batch.shared
+    rows = packed_rows(micro_batch.tokens_T, micro_batch.positions_T, cu_seqlens, layout, spec)
+    if shared is not None:
+        assert not rows.padding, "shared prompts are not padded"
+        rows.attention = shared.attention(FAST, cu_seqlens.device)
+    return rows
+
+
+def packed_rows(
+    tokens_T: Tensor, positions_T: Tensor, cu_seqlens: Tensor, layout: MegatronLayout, spec: ArchSpec
+) -> PackedRows:
+    """What the layers read of sequences cut at `cu_seqlens` [N + 1]; padding rows are a sequence of their
+    own.
+    """
     padding = -len(tokens_T) % layout.tp if layout.sequence_parallel else 0
-    cu_seqlens = micro_batch.cu_seqlens_N1
     if padding:
-        assert micro_batch.shared is None, "shared prompts are not padded"
         places = torch.arange(padding, device=tokens_T.device)
         tokens_T, positions_T = torch.cat([tokens_T, places * 0]), torch.cat([positions_T, places])
         cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:] + padding])
@@ -53,7 +64,7 @@ def packed_rows(micro_batch: MicroBatch, layout: MegatronLayout, spec: ArchSpec)
         tokens_1T=tokens_T.unsqueeze(0),
         positions_1T=positions_T.unsqueeze(0),
         padding=padding,
-        layers=spec.layers,
+        layers=spec.layers + (spec.mtp.layers if spec.mtp else ()),
     )
     if layout.implementation == "transformer_engine":
         longest = int(cu_seqlens.diff().max())
@@ -66,13 +77,12 @@ def packed_rows(micro_batch: MicroBatch, layout: MegatronLayout, spec: ArchSpec)
     rows.cu_seqlens_q = rows.cu_seqlens_kv = whole
     rows.max_seqlen_q = rows.max_seqlen_kv = len(tokens_T)
     rows.angles_at = positions_T
-    rows.attention = _attention(micro_batch, cu_seqlens)
+    rows.attention = local_attention(cu_seqlens)
     return rows
 
 
-def _attention(micro_batch: MicroBatch, cu_seqlens: Tensor) -> Attention:
-    if micro_batch.shared is not None:
-        return micro_batch.shared.attention(FAST, cu_seqlens.device)
+def local_attention(cu_seqlens: Tensor) -> Attention:
+    """Causal attention within each sequence, as the native decoder would have it."""
     if pays_in_segments(cu_seqlens):
         return SegmentAttention(cu_seqlens.numpy())
     return FAST.packed_attention(cu_seqlens)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
 
 from miles.arch.spec import ArchSpec
+from miles.training.draft_course import DraftCourse
+from miles.training.megatron.draft import DraftTraining
+from miles.training.megatron.draft_model import DraftModel
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.model import build_chunks
-from miles.training.megatron.optimizer import wrapped_for_training
+from miles.training.megatron.optimizer import MasterAdam, wrapped_for_training
 from miles.training.megatron.passes import Chunks
 from miles.training.megatron.transformer_config import transformer_config
 from miles.training.settings import TrainerSettings
@@ -37,3 +42,31 @@ def training_chunks(
     config = transformer_config(spec, layout, settings, dtype)
     bare = build_chunks(spec, layout, config, device)
     return Chunks(spec, layout, wrapped_for_training(bare, config, layout), bare)
+
+
+def built_draft(
+    spec: ArchSpec,
+    layout: MegatronLayout,
+    settings: TrainerSettings,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DraftModel | None:
+    """The MTP layers without weights, frozen; None where the model has none, or not on this stage."""
+    if spec.mtp is None or not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        return None
+    config = transformer_config(spec, layout, settings, dtype)
+    return DraftModel(spec, layout, config).to(device, dtype).requires_grad_(False)
+
+
+def draft_training(
+    spec: ArchSpec, chunks: Chunks, draft: DraftModel | None, settings: TrainerSettings, dtype: torch.dtype
+) -> DraftTraining:
+    """`draft`, wrapped for training with an optimizer of its own. Collective: every stage makes one."""
+    layout, steps = chunks.layout, max(settings.mtp_training_steps, spec.mtp_num_layers)
+    config = transformer_config(spec, layout, settings, dtype)
+    module = MegatronModule(config) if draft is None else draft.requires_grad_(True)
+    (wrapped,) = wrapped_for_training([module], config, layout)
+    optimizer = MasterAdam([wrapped], settings.optimizer, dtype, layout)
+    return DraftTraining(
+        chunks, draft, wrapped, optimizer, DraftCourse(steps, settings.mtp_loss_scaling_factor)
+    )

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from miles.models.logprob import CHUNK_ELEMENTS, token_log_probs
+from miles.models.logprob import best_tokens as one_head_best_tokens
 from miles.training.megatron.attention import PackedRows
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.model import PolicyModel
@@ -40,23 +41,66 @@ def trained_log_probs(
     Args:
         hidden_t1D: of the last stage; this rank's share of the rows with sequence parallelism.
     """
+    weight = model.head_weight
+    # A model in low precision hands out fp32.
+    hidden_RD = whole_rows(layout, hidden_t1D).index_select(0, micro_batch.trained_R).to(weight.dtype)
+    targets_R = micro_batch.targets_R
+    return row_log_probs(model, layout, hidden_RD, weight, targets_R, temperature, with_entropy, chunk_tokens)
+
+
+def whole_rows(layout: MegatronLayout, hidden_t1D: Tensor) -> Tensor:
+    """Hidden states [T, D] that every tensor-parallel rank multiplies with its rows of the head."""
     hidden = hidden_t1D
     if layout.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     elif layout.tp > 1:
         hidden = copy_to_tensor_model_parallel_region(hidden)
-    targets_R, weight = micro_batch.targets_R, model.head_weight
-    # A model in low precision hands out fp32.
-    hidden_RD = hidden.squeeze(1).index_select(0, micro_batch.trained_R).to(weight.dtype)
+    return hidden.squeeze(1)
+
+
+def row_log_probs(
+    model: PolicyModel,
+    layout: MegatronLayout,
+    hidden_RD: Tensor,
+    weight: Tensor,
+    targets_R: Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`trained_log_probs` of rows of `whole_rows`. `weight`: `model.head_weight`, or it without gradient."""
     if layout.tp == 1:
         return token_log_probs(hidden_RD, weight, targets_R, temperature, chunk_tokens, with_entropy)
-    first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
-    own = weight[: max(0, min(weight.shape[0], model.valid_vocab - first))]
+    first, own = _own_rows(model, weight)
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // weight.shape[0])
     log_probs, entropy = _VocabularyParallel.apply(
         hidden_RD, own, targets_R - first, temperature, chunk, with_entropy
     )
     return log_probs, entropy if with_entropy else None
+
+
+@torch.no_grad()
+def best_tokens(model: PolicyModel, layout: MegatronLayout, hidden_RD: Tensor, weight: Tensor) -> Tensor:
+    """int64 [R]: the first choice for each row, the same on all tensor-parallel ranks."""
+    if layout.tp == 1:
+        return one_head_best_tokens(hidden_RD, weight)
+    first, own = _own_rows(model, weight)
+    best, tokens = [], []
+    for hidden_CD in hidden_RD.split(max(1, CHUNK_ELEMENTS // weight.shape[0])):
+        value, token = _logits(hidden_CD, own, 1.0).max(1)
+        best.append(value)
+        tokens.append(token + first)
+    if not best:
+        return hidden_RD.new_zeros(0, dtype=torch.int64)
+    own_best, own_token = torch.cat(best), torch.cat(tokens)
+    top = _joined(own_best.clone(), dist.ReduceOp.MAX)
+    return _joined(torch.where(own_best == top, own_token, model.valid_vocab), dist.ReduceOp.MIN)
+
+
+def _own_rows(model: PolicyModel, weight: Tensor) -> tuple[int, Tensor]:
+    """This rank's first token, and its rows of the head without those that pad the vocabulary."""
+    first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
+    return first, weight[: max(0, min(weight.shape[0], model.valid_vocab - first))]
 
 
 def _logits(hidden_CD: Tensor, weight: Tensor, temperature: float) -> Tensor:

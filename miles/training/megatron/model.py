@@ -85,7 +85,7 @@ def _build(
         spec,
         layout,
         config=config,
-        transformer_layer_spec=_layer_specs(spec, layout, config, vp_stage),
+        transformer_layer_spec=layer_specs(spec, layout, config, vp_stage),
         vocab_size=layout.padded_vocab_size(spec.vocab_size),
         max_sequence_length=spec.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -104,7 +104,7 @@ class BiasedRowParallelLinear(RowParallelLinear):
         super().__init__(*arguments, **options | {"bias": True})
 
 
-def _layer_specs(
+def layer_specs(
     spec: ArchSpec, layout: MegatronLayout, config: TransformerConfig, vp_stage: int | None
 ) -> ModuleSpec:
     """The layers of a stage: Transformer Engine's, or Megatron's own with an attention that takes packed

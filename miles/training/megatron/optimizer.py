@@ -11,19 +11,18 @@ from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from torch import Tensor, nn
 
 from miles.training.megatron.core_config import ddp_config, optimizer_config
 from miles.training.megatron.layout import MegatronLayout
-from miles.training.megatron.model import PolicyModel
 from miles.training.settings import OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def wrapped_for_training(
-    chunks: Sequence[PolicyModel], config: TransformerConfig, layout: MegatronLayout
+    chunks: Sequence[MegatronModule], config: TransformerConfig, layout: MegatronLayout
 ) -> list[DistributedDataParallel]:
     """Chunks whose gradients add up in fp32 buffers and are summed over data-parallel ranks."""
     low_precision = config.params_dtype != torch.float32
@@ -70,8 +69,12 @@ class MasterAdam:
 
     def global_norm(self) -> float:
         """The 2-norm over all gradients of the model, once they are summed over the ranks."""
-        self._optimizer.prepare_grads()
+        self.prepare()
         return float(self._optimizer.get_grad_norm())
+
+    def prepare(self) -> None:
+        """Hand the summed gradients to the masters, before `apply`."""
+        self._optimizer.prepare_grads()
 
     def apply(self, learning_rate: float, norm: float) -> None:
         """Clip to `clip_grad` given the global norm, and update masters and model."""
@@ -98,6 +101,10 @@ class MasterAdam:
         """One of `MOMENTS` of a parameter, live."""
         tensor: Tensor = self._state[self.master(parameter)][moment]
         return tensor
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether it is this optimizer that updates a parameter."""
+        return self.master(parameter) in self._state
 
     def reset_masters(self) -> None:
         """Take the model's weights as the masters', after weights were loaded into the model."""

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from miles.arch.spec import ArchSpec
-from miles.training.megatron.attention import PackedRows, packed_rows
+from miles.training.megatron.attention import PackedRows, micro_batch_rows
 from miles.training.megatron.groups import from_last_stage
 from miles.training.megatron.head import trained_log_probs
 from miles.training.megatron.layout import MegatronLayout
@@ -28,6 +28,9 @@ from miles.training.native.micro_batches import MicroBatch
 
 Loss = Callable[[int, Tensor, Tensor | None], Tensor]
 """(place of the micro-batch, its log-probs [R], entropies [R] or None) -> the loss to differentiate."""
+
+OnHidden = Callable[[int, Tensor], None]
+"""(place of the micro-batch, its final hidden states [t, 1, D]), on the last stage."""
 
 Indexed = Iterator[tuple[int, MicroBatch]]
 
@@ -58,8 +61,10 @@ class Chunks:
 class Pass:
     """One pass over micro-batches. With a loss it leaves gradients, else it runs without."""
 
-    def __init__(self, chunks: Chunks, settings: PassSettings, loss: Loss | None) -> None:
-        self._chunks, self._settings, self._loss = chunks, settings, loss
+    def __init__(
+        self, chunks: Chunks, settings: PassSettings, loss: Loss | None, on_hidden: OnHidden | None = None
+    ) -> None:
+        self._chunks, self._settings, self._loss, self._on_hidden = chunks, settings, loss, on_hidden
         self._bare = {id(wrapped): i for i, wrapped in enumerate(chunks.wrapped)}
         self._routes: dict[int, list[ForwardRoutes]] = {}
         self._ends: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -87,7 +92,7 @@ class Pass:
     def _forward_step(self, batches: Indexed, wrapped: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         index, micro_batch = next(batches)
         chunk = self._chunks.bare[self._bare[id(wrapped)]]
-        rows = packed_rows(micro_batch, self._chunks.layout, self._chunks.spec)
+        rows = micro_batch_rows(micro_batch, self._chunks.layout, self._chunks.spec)
         routes = chunk.routes.announce(
             self._replayed(chunk, micro_batch, rows), self._settings.measure, trains=self._loss is not None
         )
@@ -104,6 +109,8 @@ class Pass:
         self, chunk: PolicyModel, hidden: Tensor, rows: PackedRows, index: int, micro_batch: MicroBatch
     ) -> Tensor:
         settings = self._settings
+        if self._on_hidden is not None:
+            self._on_hidden(index, hidden)
         log_probs, entropy = trained_log_probs(
             chunk,
             self._chunks.layout,

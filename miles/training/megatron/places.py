@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from megatron.core import parallel_state
 from torch import Tensor
 
-from miles.arch.spec import ArchSpec, MoeSpec
+from miles.arch.families import FAMILIES
+from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, MoeSpec
+from miles.training.megatron.draft_model import DraftModel
 from miles.training.megatron.model import PolicyModel
 
 
@@ -93,7 +95,27 @@ def places(model: PolicyModel, spec: ArchSpec, shard: Shard) -> Iterator[Place]:
         if match is None:
             yield _outside_layers(name, parameter, spec, shard)
         else:
-            yield _in_layer(name, match[2], layers[match[1]], parameter, spec, shard)
+            index = layers[match[1]]
+            prefix = f"model.layers.{index}"
+            yield _in_layer(name, match[2], prefix, spec.layers[index], parameter, shard)
+
+
+def draft_places(model: DraftModel, spec: ArchSpec, shard: Shard) -> Iterator[Place]:
+    """Every parameter of the MTP layers, by its name in their module."""
+    assert spec.mtp is not None
+    for name, parameter in model.named_parameters():
+        match = re.fullmatch(r"mtp\.layers\.(\d+)\.(transformer_layer\.)?(.+)", name)
+        assert match is not None, f"no place for {name}"
+        depth, inside, local = int(match[1]), match[2], match[3]
+        names = FAMILIES[spec.family].mtp_names.at(depth, spec.num_layers)
+        if inside:
+            yield _in_layer(name, local, names.layer, spec.mtp.layers[depth], parameter, shard)
+        elif local == "eh_proj.weight":
+            yield Place(name, (_rows(names.fc, parameter, shard.tp),), shard.writes_dense)
+        else:
+            theirs = {"enorm": names.embedding_norm, "hnorm": names.hidden_norm}
+            theirs["final_layernorm"] = names.final_norm
+            yield _replicated(name, theirs[local.removesuffix(".weight")], parameter, shard)
 
 
 def _outside_layers(name: str, parameter: Tensor, spec: ArchSpec, shard: Shard) -> Place:
@@ -110,14 +132,15 @@ def _outside_layers(name: str, parameter: Tensor, spec: ArchSpec, shard: Shard) 
     return Place(name, (piece,), shard.writes_dense and not copy)
 
 
-def _in_layer(name: str, local: str, layer: int, parameter: Tensor, spec: ArchSpec, shard: Shard) -> Place:
-    prefix = f"model.layers.{layer}"
+def _in_layer(name: str, local: str, prefix: str, layer: LayerSpec, parameter: Tensor, shard: Shard) -> Place:
     if local in _NORMS:
         theirs = _NORMS[local]
         return _replicated(name, f"{prefix}.{theirs}", parameter, shard)
     if local.startswith("self_attention.linear_qkv."):
         kind = local.rpartition(".")[2]
-        return Place(name, tuple(_qkv(f"{prefix}.self_attn", kind, layer, spec, shard)), shard.writes_dense)
+        return Place(
+            name, tuple(_qkv(f"{prefix}.self_attn", kind, layer.attention, shard)), shard.writes_dense
+        )
     if local == "self_attention.linear_proj.weight":
         piece = _columns(f"{prefix}.self_attn.o_proj.weight", parameter, shard.tp)
         return Place(name, (piece,), shard.writes_dense)
@@ -126,7 +149,7 @@ def _in_layer(name: str, local: str, layer: int, parameter: Tensor, spec: ArchSp
     expert = _expert(local)
     if expert is not None:
         matrix, number = expert
-        moe = spec.layers[layer].mlp
+        moe = layer.mlp
         assert isinstance(moe, MoeSpec)
         number += shard.ep * moe.num_experts // shard.ep_size
         block = f"{prefix}.mlp.experts.{number}"
@@ -153,9 +176,8 @@ def _replicated(name: str, theirs: str, parameter: Tensor, shard: Shard) -> Plac
     return Place(name, (piece,), shard.writes_dense and shard.tp == 0)
 
 
-def _qkv(prefix: str, kind: str, layer: int, spec: ArchSpec, shard: Shard) -> Iterator[Piece]:
+def _qkv(prefix: str, kind: str, attention: AttentionSpec, shard: Shard) -> Iterator[Piece]:
     """linear_qkv holds, group by group, n query heads, a key head and a value head."""
-    attention = spec.layers[layer].attention
     groups, queries = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads
     own, first, width = groups // shard.tp_size, groups // shard.tp_size * shard.tp, attention.head_dim
     heads = {"q": slice(0, queries), "k": slice(queries, queries + 1), "v": slice(queries + 1, queries + 2)}
@@ -166,6 +188,11 @@ def _qkv(prefix: str, kind: str, layer: int, spec: ArchSpec, shard: Shard) -> It
             return local.view(own, queries + 2, width, *local.shape[1:])[:, chosen]
 
         yield Piece(f"{prefix}.{letter}_proj.{kind}", 0, first * rows, own * rows, view)
+
+
+def _rows(theirs: str, parameter: Tensor, rank: int) -> Piece:
+    height = parameter.shape[0]
+    return Piece(theirs, 0, rank * height, height, lambda local: local)
 
 
 def _columns(theirs: str, parameter: Tensor, rank: int) -> Piece:

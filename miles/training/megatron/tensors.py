@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from miles.arch import ArchSpec, published_tensors
 from miles.arch.family import Shape
+from miles.training.megatron.draft_model import DraftModel
 from miles.training.megatron.model import PolicyModel
-from miles.training.megatron.places import Piece, Shard, places
+from miles.training.megatron.places import Piece, Place, Shard, draft_places, places
 from miles.weights.native_map import load_each
 
 BUCKET_BYTES = 256 << 20
@@ -37,19 +38,33 @@ class LocalPiece:
 
 
 class MegatronTensors:
-    """The parameters of this rank's chunks under published names."""
+    """The parameters of this rank's chunks, and of the MTP layers where it has them, under published names.
 
-    def __init__(self, spec: ArchSpec, chunks: Iterable[PolicyModel], device: torch.device) -> None:
+    `spec.mtp`: whether the model has any, on whichever rank.
+    """
+
+    def __init__(
+        self,
+        spec: ArchSpec,
+        chunks: Iterable[PolicyModel],
+        device: torch.device,
+        draft: DraftModel | None = None,
+    ) -> None:
         self._spec, self._device = spec, device
         self._shapes: dict[str, Shape] = published_tensors(spec)
         self._local: dict[str, list[LocalPiece]] = {name: [] for name in self._shapes}
         shard = Shard.current()
         for chunk in chunks:
-            parameters = dict(chunk.named_parameters())
-            for place in places(chunk, spec, shard):
-                for piece in place.pieces:
-                    local = LocalPiece(piece, parameters[place.parameter], place.writes)
-                    self._local[piece.name].append(local)
+            self._take(chunk, places(chunk, spec, shard))
+        if draft is not None:
+            self._take(draft, draft_places(draft, spec, shard))
+
+    def _take(self, module: nn.Module, found: Iterator[Place]) -> None:
+        parameters = dict(module.named_parameters())
+        for place in found:
+            for piece in place.pieces:
+                local = LocalPiece(piece, parameters[place.parameter], place.writes)
+                self._local[piece.name].append(local)
 
     @torch.no_grad()
     def load(
@@ -85,6 +100,16 @@ class MegatronTensors:
             if everywhere or dist.get_rank() == 0:
                 yield from self._cut(flat, bucket)
 
+    @torch.no_grad()
+    def norm(self, names: Iterable[str], of: OfParameter) -> float:
+        """The 2-norm over these tensors, each element counted once, the same on every rank."""
+        total = torch.zeros((), dtype=torch.float32, device=self._device)
+        for local in (local for name in names for local in self._local[name] if local.writes):
+            total += local.piece.view(of(local.parameter)).float().square().sum()
+        if dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        return float(total.sqrt())
+
     def set_first_element(self, name: str, value: float, of: OfParameter) -> None:
         """Overwrite the first element of one published tensor, on the ranks that hold it."""
         for local in self._local[name]:
@@ -95,6 +120,12 @@ class MegatronTensors:
     def names(self) -> list[str]:
         """All published tensors of the model."""
         return list(self._shapes)
+
+    @property
+    def draft_names(self) -> list[str]:
+        """Those of the MTP layers."""
+        policy = published_tensors(self._spec.policy)
+        return [name for name in self._shapes if name not in policy]
 
     def _view_shape(self, local: LocalPiece) -> torch.Size:
         return local.piece.view(local.parameter).shape

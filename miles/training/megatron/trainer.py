@@ -24,6 +24,7 @@ from miles.arch.spec import ArchSpec
 from miles.data.batch import TrainBatch
 from miles.errors import RunError
 from miles.models.decoder import Decoder
+from miles.models.mtp import MtpDraft
 from miles.training.knobs import Knobs
 from miles.training.megatron.groups import MegatronRanks, open_groups
 from miles.training.megatron.layout import MegatronLayout, require_expressible
@@ -45,6 +46,9 @@ from miles.training.trainer import LogProbs, ModelRole
 from miles.weights.native_map import to_published
 
 if TYPE_CHECKING:
+    from miles.training.megatron.checkpoint import TrainerTensors
+    from miles.training.megatron.draft import DraftTraining
+    from miles.training.megatron.optimizer import MasterAdam
     from miles.training.megatron.passes import Chunks
 
 
@@ -76,7 +80,7 @@ class MegatronTrainer(RolloutTrainer):
         self.device = torch.device(device) if parallel is None else parallel.device
         open_groups(self.layout, spec.num_layers)
         # Only now: what imports megatron-core must find it fit for this machine.
-        from miles.training.megatron.chunks import built, training_chunks
+        from miles.training.megatron.chunks import built, built_draft, draft_training, training_chunks
         from miles.training.megatron.optimizer import MasterAdam
         from miles.training.megatron.tensors import MegatronTensors
 
@@ -84,19 +88,28 @@ class MegatronTrainer(RolloutTrainer):
         with warnings.catch_warnings():
             # megatron-core deprecates arguments of its own calls.
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._chunks = training_chunks(spec, self.layout, settings, dtype, self.device)
+            self._chunks = training_chunks(spec.policy, self.layout, settings, dtype, self.device)
+            self._draft = built_draft(spec, self.layout, settings, dtype, self.device)
+            self._draft_training: DraftTraining | None = None
+            if settings.train_mtp:
+                self._draft_training = draft_training(spec, self._chunks, self._draft, settings, dtype)
             self._build_reference = lambda: built(spec.policy, self.layout, settings, dtype, self.device)
-        self.tensors = MegatronTensors(spec, self._chunks.bare, self.device)
+        self.tensors = MegatronTensors(spec, self._chunks.bare, self.device, self._draft)
+        self._policy_tensors = MegatronTensors(spec.policy, self._chunks.bare, self.device)
         self.optimizer = MasterAdam(self._chunks.wrapped, settings.optimizer, dtype, self.layout)
         self._reference: Chunks | None = None
         knobs = Knobs.from_settings(settings)
-        self.state = TrainerState(knobs=knobs, configured=knobs)
+        self.state = TrainerState(
+            knobs=knobs, configured=knobs, draft_updates=0 if settings.train_mtp else None
+        )
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], model: ModelRole = "policy") -> None:
         """Fill the policy or the reference from tensors under published names, in any dtype."""
         if model == "policy":
             self.tensors.load(tensors, where="weights")
             self.optimizer.reset_masters()
+            if self._draft_optimizer is not None:
+                self._draft_optimizer.reset_masters()
             return
         from miles.training.megatron.tensors import MegatronTensors
 
@@ -108,9 +121,13 @@ class MegatronTrainer(RolloutTrainer):
 
     def init_weights(self, seed: int) -> None:
         """Random weights, those of the native trainer, the same for any layout."""
+        generator = torch.Generator().manual_seed(seed)
         source = Decoder(self.spec, dtype=self.dtype)
-        source.init_weights(torch.Generator().manual_seed(seed))
-        self.load_weights(to_published(source))
+        source.init_weights(generator)
+        draft = None if self.spec.mtp is None else MtpDraft(self.spec, dtype=self.dtype)
+        if draft is not None:
+            draft.init_weights(generator)
+        self.load_weights(to_published(source, draft))
 
     def named_weights(self, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Detached weights in the trained dtype under published names.
@@ -167,21 +184,13 @@ class MegatronTrainer(RolloutTrainer):
         """
         from miles.training.megatron.checkpoint import save_checkpoint
 
-        save_checkpoint(
-            directory,
-            self.spec,
-            self.tensors,
-            self.optimizer,
-            self.state,
-            self.source_dir,
-            with_optimizer=optimizer,
-        )
+        save_checkpoint(directory, self._on_disk, self.state, self.source_dir, with_optimizer=optimizer)
 
     def load(self, directory: Path) -> None:
         """Restore what any trainer's `save` wrote, but for knobs that the configuration has changed since."""
         from miles.training.megatron.checkpoint import load_checkpoint
 
-        state = load_checkpoint(directory, self.spec, self.tensors, self.optimizer)
+        state = load_checkpoint(directory, self._on_disk, self._policy_tensors)
         self.state = state.under(Knobs.from_settings(self.settings))
 
     def _update(self, batch: TrainBatch, measurements: PassMeasurements | None) -> Update:
@@ -196,9 +205,16 @@ class MegatronTrainer(RolloutTrainer):
             ranks=self.ranks,
             cut=self._cut,
             measurements=measurements,
+            draft=self._draft_training,
         )
         update, state = step.run(batch), self.state
-        self.state = replace(state, step=state.step + 1, updates=state.updates + update.applied)
+        drafts = state.draft_updates
+        self.state = replace(
+            state,
+            step=state.step + 1,
+            updates=state.updates + update.applied,
+            draft_updates=None if drafts is None else drafts + update.draft_applied,
+        )
         return update
 
     def _before_updates(self, batch: TrainBatch) -> dict[str, float]:
@@ -239,6 +255,19 @@ class MegatronTrainer(RolloutTrainer):
         return cut_micro_batches(
             batch, indices_N, self.settings, self.device, self.ranks, self._shares_prompts
         )
+
+    @property
+    def _draft_optimizer(self) -> MasterAdam | None:
+        """That of the MTP layers, where they are trained."""
+        return None if self._draft_training is None else self._draft_training.optimizer
+
+    @property
+    def _on_disk(self) -> TrainerTensors:
+        from miles.training.megatron.checkpoint import TrainerTensors
+
+        trains = self.settings.train_mtp
+        spec, tensors = (self.spec, self.tensors) if trains else (self.spec.policy, self._policy_tensors)
+        return TrainerTensors(self.spec, self.tensors, spec, tensors, self.optimizer, self._draft_optimizer)
 
     @property
     def _shares_prompts(self) -> bool:

@@ -69,6 +69,7 @@ def transformer_config(
             persist_layer_norm=False,
             apply_rope_fusion=engine,
             bias_dropout_fusion=False,
+            mtp_num_layers=spec.mtp_num_layers or None,
             **_mlp(spec, layout),
             **_recompute(spec, settings),
             **engine_fields(layout, spec.is_moe),

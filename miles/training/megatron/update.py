@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from miles.algorithms.losses import LossOutput, LossRows, policy_loss, sft_loss
 from miles.data.batch import TrainBatch
 from miles.errors import MilesError
+from miles.training.draft_course import DraftUpdate
+from miles.training.megatron.draft import DraftTraining
 from miles.training.megatron.groups import from_last_stage
 from miles.training.megatron.optimizer import MasterAdam
 from miles.training.megatron.passes import Chunks, Pass, PassSettings
@@ -45,27 +47,41 @@ class MegatronStep:
     ranks: Ranks
     cut: Cut
     measurements: PassMeasurements | None
+    draft: DraftTraining | None = None
 
     def run(self, batch: TrainBatch) -> Update:
         """Train on all sequences of `batch`. Loss and norm are those of the whole step on every rank."""
         step = StepBatch.of(batch, self.settings.algorithm)
         self.optimizer.begin()
-        sums = self._accumulate(step)
+        draft_update = None if self.draft is None else self.draft.begin(batch, step.indices_N)
+        sums = self._accumulate(step, draft_update)
         finalize_model_grads(list(self.chunks.wrapped), None)
         self._inject_fault()
         metrics = {f"train/{name}": value for name, value in sums.items()}
         metrics["train/grad_norm"] = self.optimizer.global_norm()
         metrics["train/lr"] = learning_rate(self.state.updates, self.state.knobs.lr, self.settings.schedule)
-        event = None
+        event = draft_event = None
         if math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/grad_norm"]):
+            draft_event = None if draft_update is None else self._finish_draft(metrics)
             self.optimizer.apply(metrics["train/lr"], metrics["train/grad_norm"])
         else:
             event = self._explain(batch, metrics["train/loss"])
         metrics["train/non_finite_elements"] = 0.0 if event is None else float(event["count"])
         metrics["train/step_skipped"] = float(event is not None)
-        return Update(metrics, event)
+        draft_applied = draft_update is not None and event is None and draft_event is None
+        return Update(metrics, event, draft_event, draft_applied)
 
-    def _accumulate(self, step: StepBatch) -> dict[str, float]:
+    def _finish_draft(self, metrics: dict[str, float]) -> dict[str, Any] | None:
+        """As `native.update.OptimizerStep` does."""
+        assert self.draft is not None
+        self.draft.reduce()
+        if self.draft.finish(self.tensors, metrics["train/lr"], metrics):
+            return None
+        event = self._find_non_finite((), metrics["train/mtp_loss"])
+        metrics["train/mtp_non_finite_elements"] = float(event["count"])
+        return event
+
+    def _accumulate(self, step: StepBatch, draft_update: DraftUpdate | None) -> dict[str, float]:
         """Gradients of all micro-batches; returns metrics summed over them and over the ranks.
 
         Sequences whose advantages are all 0 have no gradient where advantages are its only source: they are
@@ -78,15 +94,23 @@ class MegatronStep:
         sums: dict[str, Tensor] = {}
         for indices_N, with_gradient in parts:
             micro_batches = self.cut(step.batch, indices_N)
-            outputs = self._pass(step, micro_batches, sums, with_gradient).run(micro_batches)
+            steps = self._pass(step, micro_batches, sums, with_gradient, draft_update)
+            outputs = steps.run(micro_batches)
             if not with_gradient:
                 for index, output in enumerate(outputs):
                     self._add(sums, self._result(step, micro_batches[index], output))
             self._measure(step, micro_batches, outputs)
+        if draft_update is not None:
+            sums |= draft_update.sums
         return self._totals(sums)
 
     def _pass(
-        self, step: StepBatch, micro_batches: list[MicroBatch], sums: dict[str, Tensor], with_gradient: bool
+        self,
+        step: StepBatch,
+        micro_batches: list[MicroBatch],
+        sums: dict[str, Tensor],
+        with_gradient: bool,
+        draft_update: DraftUpdate | None,
     ) -> Pass:
         def loss(index: int, log_probs_R: Tensor, entropy_R: Tensor | None) -> Tensor:
             output = ForwardOutput(log_probs_R, entropy_R, None)  # type: ignore[arg-type]
@@ -102,7 +126,13 @@ class MegatronStep:
             with_entropy=algorithm.observe_training_entropy or self.state.knobs.entropy_coef != 0,
             chunk_tokens=self.settings.log_probs_chunk_size,
         )
-        return Pass(self.chunks, settings, loss if with_gradient else None)
+
+        def teach(index: int, hidden_t1D: Tensor) -> None:
+            assert self.draft is not None and draft_update is not None
+            self.draft.learn(draft_update, hidden_t1D, micro_batches[index], step.batch)
+
+        on_hidden = teach if draft_update is not None else None
+        return Pass(self.chunks, settings, loss if with_gradient else None, on_hidden)
 
     def _result(self, step: StepBatch, micro_batch: MicroBatch, output: ForwardOutput) -> LossOutput:
         rows = step.loss_rows(micro_batch, output, self.settings.algorithm.use_rollout_logprobs)
@@ -170,6 +200,9 @@ class MegatronStep:
             "rollout_log_probs": own,
         }
         inputs = ((name, torch.from_numpy(a[trained_T])) for name, a in arrays.items() if a is not None)
+        return self._find_non_finite(inputs, loss)
+
+    def _find_non_finite(self, inputs: Iterable[tuple[str, Tensor]], loss: float) -> dict[str, Any]:
         return find_non_finite(
             self.state.step,
             self.settings.non_finite_policy,

@@ -15,7 +15,7 @@ from miles.data.batch import TrainBatch
 from miles.models.attention import PackedAttention
 from miles.models.logprob import token_log_probs
 from miles.models.routing import Router
-from miles.training.native.draft import lessons
+from miles.training.draft_course import lessons
 from miles.training.native.trainer import NativeTrainer
 from miles.training.settings import OptimizerSettings, TrainerSettings
 from miles.weights.hf import read_hf

@@ -29,6 +29,9 @@ NAMES = (
     "route/flip_frac",
     "route/dispatched_flip_frac",
     "rollout/log_probs",
+    "train/mtp_loss",
+    "train/mtp_grad_norm",
+    "train/mtp_accuracy/depth_1",
 )
 
 
@@ -72,9 +75,8 @@ def train(
 def held(parallel: DataParallel, **how: Any) -> tuple[Weights, Weights]:
     """Weights and first moments as they lie after loading."""
     trainer = make(parallel, **how)
-    moments = trainer.tensors.published(
-        torch.float32, lambda parameter: trainer.optimizer.moment(parameter, "exp_avg"), everywhere=True
-    )
+    saved = trainer._on_disk
+    moments = saved.trained.published(torch.float32, saved.optimizer_state()["exp_avg"], everywhere=True)
     return weights(trainer), {name: tensor.clone() for name, tensor in moments}
 
 

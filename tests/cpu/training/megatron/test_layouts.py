@@ -1,22 +1,27 @@
-"""Any way to cut the model over two processes trains what one process trains, over five steps."""
+"""Any way to cut the model over two processes trains what one process trains, over five steps: the policy,
+and an MTP layer along with it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from miles.arch import ArchSpec
+from miles.arch import ArchSpec, with_mtp
 from miles.planning.layout import Layout, layout_problems
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.settings import OptimizerSettings, TrainerSettings
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = TrainerSettings(optimizer=OptimizerSettings(lr=2e-3), max_tokens_per_micro_batch=40)
+SETTINGS = TrainerSettings(
+    optimizer=OptimizerSettings(lr=2e-3), max_tokens_per_micro_batch=40, train_mtp=True
+)
 LAYOUTS = {
     "TP2 with sequence parallelism and ETP2": MegatronLayout(tp=2, etp=2, sequence_parallel=True),
     "TP2 with sequence parallelism and EP2": MegatronLayout(tp=2, ep=2, sequence_parallel=True),
@@ -28,12 +33,17 @@ ALONE = "one process"
 
 
 @pytest.fixture(scope="module")
+def mtp_spec(spec: ArchSpec) -> ArchSpec:
+    return with_mtp(spec, 1)
+
+
+@pytest.fixture(scope="module")
 def outcomes(
-    world: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, spec: ArchSpec, make_batches: Any
+    world: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, mtp_spec: ArchSpec, make_batches: Any
 ) -> dict[str, Any]:
     """Results of rank 0 and 1 by layout, and of one process."""
     root = tmp_path_factory.mktemp("layouts")
-    how = {"spec": spec, "settings": SETTINGS, "batches": make_batches(spec, 5)}
+    how = {"spec": mtp_spec, "settings": SETTINGS, "batches": make_batches(mtp_spec, 5)}
     cases = {name: ("train", how | {"layout": layout}) for name, layout in LAYOUTS.items()}
     both = world(2, root / "two", cases)
     (one,) = world(1, root / "one", {ALONE: ("train", how | {"layout": MegatronLayout()})})
@@ -56,11 +66,11 @@ def test_two_processes_equal_one(layout: str, outcomes: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def resumed(
-    world: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, spec: ArchSpec, make_batches: Any
+    world: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, mtp_spec: ArchSpec, make_batches: Any
 ) -> dict[str, Any]:
     """A run under TP2 that saved after two steps, its next two, and those of other layouts from there."""
     root = tmp_path_factory.mktemp("resumed")
-    batches, how = make_batches(spec, 4), {"spec": spec, "settings": SETTINGS}
+    batches, how = make_batches(mtp_spec, 4), {"spec": mtp_spec, "settings": SETTINGS}
     saved = root / "saved"
     saved.mkdir()
     first = LAYOUTS["TP2 with sequence parallelism and ETP2"]
@@ -98,6 +108,7 @@ def test_experts_drift_apart_where_preflight_refuses_the_layout(
     assert [problem.rule for problem in layout_problems(Layout(2, tp=2, sequence_parallel=True), spec)] == [
         "LAY6"
     ]
-    how = {"spec": spec, "settings": SETTINGS, "layout": layout, "batches": make_batches(spec, 3)}
+    settings = replace(SETTINGS, train_mtp=False)
+    how = {"spec": spec, "settings": settings, "layout": layout, "batches": make_batches(spec, 3)}
     results = world(2, tmp_path / "two", {"drift": ("drift", how)})
     assert results[0]["drift"] == 0 and results[1]["drift"] > 1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from miles.arch import ArchSpec, spec_from_hf_config
+from miles.arch import ArchSpec, spec_from_hf_config, with_mtp
 from miles.errors import MilesError
 from miles.models.attention import PackedAttention
 from miles.models.decoder import Decoder
@@ -101,7 +102,7 @@ def test_weights_logits_and_gradients(case: dict[str, Any], tmp_path: Path) -> N
     transformers = pytest.importorskip("transformers")
     spec, layout = spec_from_hf_config(BASE | case), MegatronLayout()
     open_groups(layout, spec.num_layers)
-    from miles.training.megatron.attention import packed_rows
+    from miles.training.megatron.attention import micro_batch_rows
     from miles.training.megatron.model import build_chunks
     from miles.training.megatron.tensors import MegatronTensors
     from miles.training.megatron.transformer_config import transformer_config
@@ -119,7 +120,7 @@ def test_weights_logits_and_gradients(case: dict[str, Any], tmp_path: Path) -> N
     sequences, micro_batch = packed(spec)
     (model,) = chunks
     model.routes.announce(None, measure=False, trains=True)
-    logits = model(packed_rows(micro_batch, layout, spec)).squeeze(1) @ model.head_weight.t()
+    logits = model(micro_batch_rows(micro_batch, layout, spec)).squeeze(1) @ model.head_weight.t()
     attention = PackedAttention(micro_batch.cu_seqlens_N1)
     native = decoder.logits(
         decoder(micro_batch.tokens_T, micro_batch.positions_T, attention, Router.decide())
@@ -167,12 +168,16 @@ def test_weights_keep_their_bits_in_bf16(tmp_path: Path) -> None:
         assert torch.equal(tensor.view(torch.int16), given[name].view(torch.int16)), name
 
 
-def test_a_model_with_mtp_layers_is_refused_by_name() -> None:
-    spec = spec_from_hf_config(BASE | CASES["qwen2"] | {"mtp_num_hidden_layers": 1})
-    with pytest.raises(MilesError, match="does not carry MTP layers"):
-        require_expressible(spec)
+def test_mtp_layers_of_another_kind_than_the_last_layer_are_refused_by_name() -> None:
+    spec = with_mtp(spec_from_hf_config(BASE | CASES["moe, a dense layer, normalised gates"]), 1)
+    assert spec.mtp is not None
+    require_expressible(spec)
+    odd = replace(spec, mtp=replace(spec.mtp, layers=(spec.layers[1],)))
+    with pytest.raises(MilesError, match="does not carry MTP layers of another kind"):
+        require_expressible(odd)
 
 
+@pytest.mark.slow
 def test_only_megatron_core_sees_a_replaced_torch_and_none_with_a_gpu() -> None:
     script = """if True:
         import torch
