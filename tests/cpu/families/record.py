@@ -8,12 +8,19 @@ from __future__ import annotations
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
-RECORD = Path("docs/reference/families.json")
-TESTS = ("tests/cpu/families/test_family_parity.py", "tests/cpu/families/test_family_conversion.py")
+from miles_cli.family_table import CHECKS, CONVERSIONS, RECORD
+
+TESTS = (
+    "tests/cpu/families/test_family_parity.py",
+    "tests/cpu/families/test_family_conversion.py",
+    "tests/cpu/models/test_families.py",
+    "tests/cpu/models/test_family_files.py",
+    "tests/cpu/models/test_family_rl.py",
+)
+RECORDED = {*CONVERSIONS, *(test for tests in CHECKS.values() for test in tests)}
 _NODE = re.compile(r"::(test_\w+)\[(.+)\]$")
 
 
@@ -25,16 +32,18 @@ class Passed:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         found = _NODE.search(report.nodeid)
-        if report.when == "call" and report.passed and found:
+        if report.when == "call" and report.passed and found and found[1] in RECORDED:
             self.cases.setdefault(found[1], []).append(found[2])
 
 
 def main() -> int:
     passed = Passed()
     code = pytest.main(["-q", *TESTS], plugins=[passed])
+    if code:
+        return int(code)
     record = {test: sorted(cases) for test, cases in sorted(passed.cases.items())}
     RECORD.write_text(json.dumps(record, indent=2) + "\n")
-    return int(code)
+    return 0
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def weights_of(directory: Path) -> dict[str, Tensor]:
 
 
 # Of a model with experts INT4 takes the experts alone.
+@pytest.mark.slow
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("name", CASES)
 def test_quantised_checkpoints_stand_for_the_rounded_weights(name: str, to: str, tmp_path: Path) -> None:

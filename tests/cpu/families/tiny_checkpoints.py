@@ -1,4 +1,5 @@
-"""A tiny random checkpoint of every model family, made by transformers, of awkward shapes.
+"""A tiny random checkpoint of most model families, made by transformers, of awkward shapes; those with a
+router bias, shared experts or latents are in `tests/cpu/models/family_cases.py`.
 
 Windows and chunks are shorter than the sequences that the tests read.
 """
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 torch.set_num_threads(1)
 LENGTHS = (7, 1, 23, 12)
+_EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Case:
         """Every parameter is random, norms and biases too: a mix-up would show."""
         more = {"text_config": self.inside} if self.inside else {}
         config = self.model_class().config_class(**self.config, **more)
-        model = self.model_class()._from_config(config, attn_implementation="eager")
+        # transformers' grouped kernel refuses odd expert widths; its plain loop takes all.
+        model = self.model_class()._from_config(config, **_EAGER)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -50,9 +53,15 @@ class Case:
         return model
 
     def load(self, directory: Path) -> nn.Module:
-        return self.model_class().from_pretrained(directory, attn_implementation="eager").eval()
+        return self.model_class().from_pretrained(directory, **_EAGER).eval()
 
 
+_DENSE = {
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 _GEMMA = {
     "num_hidden_layers": 4,
     "max_position_embeddings": 128,
@@ -117,6 +126,39 @@ _LLAMA4_VISION = {
 }
 
 CASES: dict[str, Case] = {
+    "qwen2": Case(
+        "Qwen2ForCausalLM",
+        _DENSE
+        | {"vocab_size": 43, "hidden_size": 24, "intermediate_size": 34, "tie_word_embeddings": True}
+        | {"num_attention_heads": 6, "num_key_value_heads": 2},
+        vocab_size=43,
+    ),
+    "qwen3": Case(
+        "Qwen3ForCausalLM",
+        _DENSE
+        | {"vocab_size": 37, "hidden_size": 20, "intermediate_size": 26, "tie_word_embeddings": True}
+        | {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 10},
+        vocab_size=37,
+    ),
+    "qwen3_moe": Case(
+        "Qwen3MoeForCausalLM",
+        _DENSE
+        | {"vocab_size": 53, "hidden_size": 24, "intermediate_size": 28, "moe_intermediate_size": 12}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 3}
+        | {"num_experts": 5, "num_experts_per_tok": 3, "norm_topk_prob": True, "mlp_only_layers": [1]},
+        vocab_size=53,
+    ),
+    "llama": Case(
+        "LlamaForCausalLM",
+        _DENSE
+        | {"vocab_size": 47, "hidden_size": 32, "intermediate_size": 24, "tie_word_embeddings": True}
+        | {"num_attention_heads": 2, "num_key_value_heads": 1}
+        | {
+            "rope_parameters": {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0}
+            | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+        },
+        vocab_size=47,
+    ),
     "gemma2": Case(
         "Gemma2ForCausalLM",
         _GEMMA

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +83,8 @@ CASES: dict[str, FamilyCase] = {
 }
 
 
-ONE_OF_EACH = {case.architecture: case for case in CASES.values()}
+ONE_OF_EACH = {re.findall(r"\w+", name)[0]: case for name, case in CASES.items()}
+"""By the name of the family."""
 SHIPPING_MTP = {name: case for name, case in ONE_OF_EACH.items() if "num_mtp_layers" in case.config}
 
 

@@ -59,7 +59,7 @@ def generate(decoder: Decoder, prompts: list[list[int]], **sampling: object) -> 
     return asyncio.run(asyncio.wait_for(run(), timeout=60))
 
 
-def test_logits_and_gradients_equal_transformers(reference: nn.Module, decoder: Decoder) -> None:
+def test_logits_and_gradients_are_those_of_transformers(reference: nn.Module, decoder: Decoder) -> None:
     tokens = sequences(decoder.spec.vocab_size)
     expected = torch.cat([reference(sequence[None]).logits[0] for sequence in tokens])
     logits = packed_logits(decoder, tokens)
@@ -83,7 +83,7 @@ def test_logits_and_gradients_equal_transformers(reference: nn.Module, decoder: 
             assert (grad - wanted[name]).abs().max() <= 1e-4 * wanted[name].abs().max(), name
 
 
-def test_greedy_text_equals_transformers(reference: nn.Module, decoder: Decoder) -> None:
+def test_greedy_continuations_are_those_of_transformers(reference: nn.Module, decoder: Decoder) -> None:
     prompts = [sequence.tolist() for sequence in sequences(decoder.spec.vocab_size, (11, 3, 20))]
     for prompt, output in zip(prompts, generate(decoder, prompts, temperature=0.0), strict=True):
         expected = reference.generate(  # type: ignore[operator]
@@ -129,3 +129,17 @@ def test_recorded_routes_are_those_of_transformers_and_replay_steers(
         steered = Router.replay(others)
         assert (packed_logits(decoder, tokens, steered) - logits).abs().max() > 1e-2
         assert steered.recorded().equal(others)
+
+
+@pytest.mark.slow
+def test_layers_that_run_again_in_backward_have_the_same_gradients(decoder: Decoder) -> None:
+    tokens, gradients = sequences(decoder.spec.vocab_size, (19, 6)), []
+    for again in (False, True):
+        if again:
+            decoder.recompute_num_layers = decoder.spec.num_layers
+            decoder.recompute(frozenset({"core_attn", "mlp"}))
+        decoder.zero_grad()
+        packed_logits(decoder, tokens).square().sum().backward()
+        gradients.append([parameter.grad for parameter in decoder.parameters() if parameter.requires_grad])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-4)

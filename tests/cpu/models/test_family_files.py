@@ -176,7 +176,7 @@ def _their_layer(
 
 
 def test_a_copy_that_differs_from_the_models_table_is_refused(tmp_path: Path) -> None:
-    spec = make_checkpoint(ONE_OF_EACH["Glm4Moe"], tmp_path, mtp_layers=1)
+    spec = make_checkpoint(ONE_OF_EACH["glm4_moe"], tmp_path, mtp_layers=1)
     tensors = dict(read_hf(tmp_path / "published"))
     name = f"model.layers.{spec.num_layers}.shared_head.head.weight"
     with pytest.raises(CheckpointError, match=rf"{name} differs from lm_head.weight"):

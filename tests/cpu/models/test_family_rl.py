@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from family_cases import CASES, save_reference
+from family_cases import ONE_OF_EACH, save_reference
 
 from miles.arch import load_spec
 from miles.data.batch import TrainBatch, pack
@@ -23,7 +23,7 @@ from miles.weights.hf import read_hf
 from tests.cpu.families.tiny_checkpoints import CASES as OTHER_CASES
 
 Save = Callable[[Path], object]
-SAVES: dict[str, Save] = {name: partial(save_reference, case) for name, case in CASES.items()}
+SAVES: dict[str, Save] = {name: partial(save_reference, case) for name, case in ONE_OF_EACH.items()}
 SAVES |= {name: case.save for name, case in OTHER_CASES.items()}
 """What writes a tiny checkpoint of every family."""
 
