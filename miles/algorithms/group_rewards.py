@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from math import fsum, sqrt
+from statistics import fmean
 from typing import Literal
 
 import torch
@@ -115,7 +116,9 @@ def _normalize_group(by_rollout: dict[Hashable, float], baseline: Baseline) -> d
     values = list(by_rollout.values())
     mean, scale = fmean(values), 1.0
     if baseline == "mean_std":
-        scale = 1.0 / (stdev(values) + STD_EPSILON)
+        # statistics.stdev computes in fractions, which takes longer than the rest of the normalisation.
+        variance = fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+        scale = 1.0 / (sqrt(variance) + STD_EPSILON)
     elif baseline == "leave_one_out":
         scale = len(values) / (len(values) - 1)
     return {rollout: (value - mean) * scale for rollout, value in by_rollout.items()}

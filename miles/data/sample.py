@@ -69,6 +69,7 @@ class SpecInfo:
         )
 
 
+_LOWEST_LOG_PROB, _HIGHEST_EXPERT = float(np.finfo(np.float32).min), int(np.iinfo(np.int16).max)
 _WHOLE = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED)
 _PLAIN_REWARDS, _PLAIN_ROUTES = (float, NoneType), (np.ndarray, NoneType)
 
@@ -326,8 +327,7 @@ def validate_samples(samples: Sequence[Sample]) -> None:
         sample._check_structure()
     log_probs = [s.rollout_log_probs for s in samples if s.rollout_log_probs is not None]
     routes = [s.rollout_routed_experts.ravel() for s in samples if s.rollout_routed_experts is not None]
-    lowest, highest = float(np.finfo(np.float32).min), np.iinfo(np.int16).max
-    if not (_all_within(log_probs, lowest, 0) and _all_within(routes, -1, highest)):
+    if not (_all_within(log_probs, _LOWEST_LOG_PROB, 0) and _all_within(routes, -1, _HIGHEST_EXPERT)):
         for sample in samples:
             sample._check_values()
 
@@ -335,7 +335,7 @@ def validate_samples(samples: Sequence[Sample]) -> None:
 def _all_within(arrays: list[np.ndarray], low: float, high: float) -> bool:
     """Whether every element lies between the bounds; a NaN does not."""
     joined = np.concatenate(arrays) if arrays else np.empty(0)
-    return not joined.size or bool(joined.min() >= low and joined.max() <= high)
+    return not joined.size or bool(np.minimum.reduce(joined) >= low and np.maximum.reduce(joined) <= high)
 
 
 def _check_array(

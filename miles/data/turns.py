@@ -131,6 +131,8 @@ def _merged_routes(sample: Sample, newer: np.ndarray | None, num_rows: int) -> n
 
 def _merged_spans(sample: Sample, newer: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Spans over the whole response. Tool output before the first sampled token counts to its version."""
+    if not sample.weight_versions and len(newer) == 1:
+        return [(newer[0][0], 0)]
     spans = list(sample.weight_versions)
     for version, start in newer:
         if not spans:

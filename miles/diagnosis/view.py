@@ -80,7 +80,7 @@ class RecordView:
         """The first real exception or telling line, None when nothing failed."""
         return find_root(self)
 
-    @property
+    @cached_property
     def step(self) -> int:
         """The latest step with metrics, 0 before the first."""
         return self.history.last_step or 0

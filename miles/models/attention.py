@@ -7,7 +7,7 @@ S key positions. Inside a layer tokens are flat; each object lays them out as it
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,6 @@ class Attention(Protocol):
         ...
 
 
-@runtime_checkable
 class HeadAttention(Attention, Protocol):
     """An attention that also takes heads as they are projected, before norms and rotation."""
 
@@ -58,6 +57,11 @@ class HeadAttention(Attention, Protocol):
     ) -> Tensor:
         """heads [T, H + 2 Hkv, d] (queries, keys, values) -> [T, H * d]."""
         ...
+
+
+def has_head_attention(attention: Attention) -> TypeGuard[HeadAttention]:
+    """Asked once per layer and pass, where isinstance of a protocol would take longer than a small norm."""
+    return hasattr(attention, "attend_heads")
 
 
 class PackedAttention:

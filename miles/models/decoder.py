@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, MoeSpec, QueryTemperature, RopeSpec
-from miles.models.attention import Attention, HeadAttention
+from miles.models.attention import Attention, has_head_attention
 from miles.models.latent_attention import LatentAttentionBlock
 from miles.models.mlp import DenseMlp, MoeMlp
 from miles.models.norm import rms_norm
@@ -58,7 +58,7 @@ class AttentionBlock(Projections):
         spec, numerics = self.spec, self.numerics
         heads = self.project("qkv", x, self.qkv_bias).view(x.shape[0], -1, spec.head_dim)
         run = again if "core_attn" in self.recompute_modules else once
-        if isinstance(attention, HeadAttention) and attention.takes(heads, spec, self.norm_plus_one):
+        if has_head_attention(attention) and attention.takes(heads, spec, self.norm_plus_one):
             norms = (self.q_norm, self.k_norm)
             attended = run(attention.attend_heads, heads, *norms, rotation, self.eps, spec)
             return self.project("o", attended, self.o_bias)

@@ -51,8 +51,8 @@ class RewardScorer:
         rewards: list[float | None] = []
         failures: list[RewardFailure | None] = []
         for sample, is_finished in zip(samples, finished, strict=True):
-            unfinished = RewardFailure("unfinished", f"the sample is {sample.status.value}")
-            reward, failure = self._settle(sample, next(outcomes) if is_finished else unfinished)
+            outcome = next(outcomes) if is_finished else _unfinished(sample)
+            reward, failure = self._settle(sample, outcome)
             rewards.append(reward)
             failures.append(failure)
         return RewardReport(rewards, failures)
@@ -121,6 +121,10 @@ def build_scorer(
     return RewardScorer(
         built_in_verifier(rm_type), reward_key, needs_label=True, source=f"--rm-type {rm_type}"
     )
+
+
+def _unfinished(sample: Sample) -> RewardFailure:
+    return RewardFailure("unfinished", f"the sample is {sample.status.value}")
 
 
 def _require_label(sample: Sample, source: str) -> None:

@@ -5,7 +5,7 @@ hold a response come out.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from miles.data.sample import Sample, SampleStatus, SpecInfo, validate_samples
@@ -27,6 +27,7 @@ STATUS_OF: dict[FinishReason, SampleStatus] = {
     "abort": SampleStatus.ABORTED,
 }
 
+_SAMPLING = tuple(field.name for field in fields(SamplingParams))
 _MEMBER_BITS, _GROUP_BITS, _ROLLOUT_BITS = 14, 24, 25
 EVAL_ROLLOUT_ID = (1 << _ROLLOUT_BITS) - 1
 """The rollout id that evaluations draw under: the same numbers at every evaluation, so that two evaluations
@@ -51,16 +52,10 @@ def sample_key(rollout_id: int, group_index: int, member: int) -> int:
     """The key of a sample's random stream: distinct for every (rollout, group, member) and the same after a
     resume. Bit fields: 25 for the rollout, 24 for the group, 14 for the member of the group.
     """
-    fields = (
-        ("rollout_id", rollout_id, _ROLLOUT_BITS),
-        ("group_index", group_index, _GROUP_BITS),
-        ("member", member, _MEMBER_BITS),
-    )
-    key = 0
-    for name, value, bits in fields:
-        assert 0 <= value < 1 << bits, f"{name} = {value} does not fit in {bits} bits"
-        key = key << bits | value
-    return key
+    assert 0 <= rollout_id < 1 << _ROLLOUT_BITS, f"rollout_id = {rollout_id} does not fit"
+    assert 0 <= group_index < 1 << _GROUP_BITS, f"group_index = {group_index} does not fit"
+    assert 0 <= member < 1 << _MEMBER_BITS, f"member = {member} does not fit"
+    return (rollout_id << _GROUP_BITS | group_index) << _MEMBER_BITS | member
 
 
 async def generate_group(
@@ -85,7 +80,7 @@ async def generate_group(
     requests = [request_for(s, member, settings, rollout_id) for member, s in missing.items()]
     outputs = await engine.generate(requests)
     # One conversion for the whole group; each sample gets its own dict, with its own limits.
-    sampling = asdict(settings.sampling)
+    sampling = {name: getattr(settings.sampling, name) for name in _SAMPLING}
     filled = list(group)
     for (member, sample), request, output in zip(missing.items(), requests, outputs, strict=True):
         own = dict(sampling)

@@ -38,6 +38,8 @@ def rollout_metrics(groups: Sequence[Sequence[Sample]], reward_key: str | None =
 
 def has_repetition(text: str) -> bool:
     """Whether the end of the text repeats itself so much that it compresses more than REPETITION_RATIO."""
+    if 4 * len(text) <= SHORTEST_REPETITION:  # a character is at most four bytes
+        return False
     tail = text[-REPETITION_WINDOW:].encode()
     return len(tail) > SHORTEST_REPETITION and len(tail) > REPETITION_RATIO * len(zlib.compress(tail))
 
@@ -119,5 +121,5 @@ def _spread(prefix: str, values: Sequence[int]) -> dict[str, float]:
 
 
 def _share(flags: Iterable[bool]) -> float:
-    values = [bool(flag) for flag in flags]
+    values = list(flags)
     return sum(values) / len(values)

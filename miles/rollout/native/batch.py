@@ -155,6 +155,7 @@ class ContinuousBatch:
         self.slots.enter(first, tickets, self._seed)
         self._rows = None
         ends = self._read_prompts(admissions)
+        self._copy_prompts(admissions)
         for admission, end in zip(admissions, ends, strict=True):
             self._share(admission, end)
         self._hold_split_prompt(admissions, ends[-1])
@@ -178,14 +179,28 @@ class ContinuousBatch:
         read = iter(ends)
         return [self._held.end if a.held and self._held else next(read) for a in admissions]
 
+    def _copy_prompts(self, admissions: list[Admission]) -> None:
+        """Give the keys and values of each prompt to every member of its admission."""
+        by_length: dict[int, tuple[list[int], list[int]]] = {}
+        for admission in admissions:
+            source, destinations = self._spare_slot, list(admission.slots)
+            if not admission.held:
+                source = destinations.pop(0)
+            if destinations and isinstance(self.runner, FusedRunner):
+                sources, targets = by_length.setdefault(len(admission.prompt), ([], []))
+                sources += [source] * len(destinations)
+                targets += destinations
+            elif destinations:
+                self._copy_slot(source, destinations, len(admission.prompt))
+        for length, (sources, targets) in by_length.items():
+            # The kernel's cache copies pairs of slots without a buffer between them: one call for all.
+            self.runner.cache.move_slots(sources, targets, length)
+
     def _share(self, admission: Admission, end: PromptEnd) -> None:
-        """Give the prompt's keys, values and routes to every member of the admission."""
+        """Give the prompt's routes to every member of the admission, and count what was not computed."""
         first, stop = admission.first_slot, admission.first_slot + len(admission.tickets)
         length = len(admission.prompt)
-        source = self._spare_slot if admission.held else first
         sharing = admission.tickets if admission.held else admission.tickets[1:]
-        if sharing:
-            self._copy_slot(source, list(range(stop - len(sharing), stop)), length)
         reader = self._held.reader if self._held and admission.held else None
         for ticket in sharing:
             ticket.cached_tokens = 0 if ticket is reader else length
@@ -325,23 +340,22 @@ def _nothing() -> GenerateOutput:
 
 def _output(
     ticket: Ticket,
-    length: int,
     tokens: list[int],
     log_probs: np.ndarray,
     routes: np.ndarray | None,
     spec_info: SpecInfo | None,
     aborted: bool,
 ) -> GenerateOutput:
-    """The answer of a request from its slot; copies, so that it does not keep the slot's buffers alive."""
+    """The answer of a request from what its slot held."""
     start = ticket.prompt_length
-    output_ids = tokens[start:length]
+    output_ids = tokens[start:]
     stopped = output_ids[-1] in ticket.request.sampling.stop_token_ids
     reason: FinishReason = "abort" if aborted else "stop" if stopped else "length"
     wanted = ticket.request.return_routed_experts and routes is not None
     return GenerateOutput(
         output_ids=output_ids,
-        log_probs=log_probs[start:length].copy(),
-        routed_experts=routes[: length - 1].copy() if wanted and routes is not None else None,
+        log_probs=log_probs[start:],
+        routed_experts=routes[:-1] if wanted and routes is not None else None,
         finish_reason=reason,
         weight_versions=_spans(ticket, len(output_ids)),
         cached_tokens=ticket.cached_tokens,

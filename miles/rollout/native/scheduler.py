@@ -58,6 +58,10 @@ class Admission:
     """The prompt is the one that the engine holds from before: nothing to compute."""
 
     @property
+    def slots(self) -> range:
+        return range(self.first_slot, self.first_slot + len(self.tickets))
+
+    @property
     def prompt(self) -> Sequence[int]:
         return self.tickets[0].request.input_ids
 
@@ -103,18 +107,20 @@ class Scheduler:
             budget: prompt tokens that may be computed.
         """
         admissions: list[Admission] = []
-        reserved = self._reserved()
+        reserved, last = self._reserved(), object()
         while self.waiting and self._has_room(reserved):
             ticket = self.waiting[0]
-            if admissions and ticket.key == admissions[-1].tickets[0].key:
+            key = ticket.key
+            if key == last:
                 admissions[-1].tickets.append(ticket)
             else:
-                is_held = ticket.key == held
+                is_held = key == held
                 cost = 0 if is_held else ticket.prompt_length
                 if cost > budget:
                     break
                 budget -= cost
                 admissions.append(Admission([ticket], len(self.running), is_held))
+                last = key
             reserved += ticket.most_tokens
             self.running.append(self.waiting.popleft())
         return admissions

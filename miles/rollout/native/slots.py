@@ -8,6 +8,7 @@ Columns of the [S, C] buffers are positions in the sequence. Prompt tokens are s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -65,6 +66,8 @@ class Slots:
         """Set the parameters of newly admitted requests in slots first_slot, first_slot + 1, …"""
         into = slice(first_slot, first_slot + len(tickets))
         params = [ticket.request.sampling for ticket in tickets]
+        if all(p is params[0] for p in params):
+            params = params[:1]  # one value for the whole column
         prompt_lengths = np.array([ticket.prompt_length for ticket in tickets])
         min_new_tokens = np.array([p.min_new_tokens for p in params])
         keys = torch.tensor([ticket.request.sample_key for ticket in tickets], device=self.stream.device)
@@ -208,20 +211,25 @@ class Slots:
                 used = buffer[:, :length]
                 used.index_copy_(0, destination, used.index_select(0, source))
 
-    def read(self, slots: Sequence[int]) -> list[tuple[int, list[int], np.ndarray, np.ndarray | None]]:
-        """(length, tokens [C'], log_probs [C'], routes [C', Lm, k]) of each slot; positions below the length
-        are valid. The arrays are copies of this engine's buffers, shared by the slots of one call.
+    def read(self, slots: Sequence[int]) -> list[tuple[list[int], np.ndarray, np.ndarray | None]]:
+        """Tokens, log_probs [length] and routes [length, Lm, k] of each slot, valid from the response on; the
+        routes from the prompt on, for all tokens that went through the decoder. Arrays are views of a copy
+        that holds these slots and no more.
         """
         index = torch.tensor(slots, device=self.stream.device)
-        lengths = self.lengths.index_select(0, index).tolist()
-        longest = max(lengths)
+        lengths = self.lengths.index_select(0, index)
+        ends = list(accumulate(lengths.tolist(), initial=0))
+        inside = torch.arange(int(lengths.max()), device=index.device) < lengths[:, None]
 
         def rows(buffer: torch.Tensor) -> np.ndarray:
-            return buffer[:, :longest].index_select(0, index).cpu().numpy()
+            return buffer[:, : inside.shape[1]].index_select(0, index)[inside].cpu().numpy()
 
         tokens, log_probs = rows(self.tokens).tolist(), rows(self.log_probs)
-        routes = [None] * len(slots) if self.routes is None else rows(self.routes)
-        return list(zip(lengths, tokens, log_probs, routes, strict=True))
+        routes = None if self.routes is None else rows(self.routes)
+        return [
+            (tokens[start:end], log_probs[start:end], None if routes is None else routes[start:end])
+            for start, end in pairwise(ends)
+        ]
 
     def read_speculation(self, slots: Sequence[int]) -> list[SpecInfo | None]:
         """The counters of each slot; None where nothing was to be guessed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,13 +28,16 @@ class ForwardOutput:
     router: PassRoutes
 
 
-@runtime_checkable
 class Gathered(Protocol):
     """A decoder cut over ranks (FSDP2). Its root stays gathered for the backward to come; where none comes,
     it has to be let go, or it would outlive the next update.
     """
 
     def reshard(self) -> None: ...
+
+
+def _is_gathered(decoder: object) -> TypeGuard[Gathered]:
+    return hasattr(decoder, "reshard")
 
 
 def make_router(
@@ -80,7 +83,7 @@ def forward(
     )
     if on_hidden is not None:
         on_hidden(hidden_TD.detach())
-    if isinstance(decoder, Gathered) and not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and _is_gathered(decoder):
         decoder.reshard()
     return ForwardOutput(log_probs_R, entropy_R, router)
 

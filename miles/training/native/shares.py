@@ -12,6 +12,8 @@ def share_out(lengths: Sequence[int], size: int) -> list[list[int]]:
     on multiprocessing timing anomalies", 1969): no share exceeds 4/3 of the best possible largest one.
     Indices ascend inside a share.
     """
+    if size == 1:
+        return [list(range(len(lengths)))]
     shares: list[list[int]] = [[] for _ in range(size)]
     totals = [0] * size
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -18,7 +18,7 @@ from miles.rollout.native.runner import PromptEnd
 from miles.rollout.native.slots import Slots
 
 MOST_STEPS = 16
-MOST_SECONDS = 0.02
+MOST_SECONDS = 0.05
 """A call of the kernel ends after either, so that the engine's callers are not kept waiting."""
 
 
