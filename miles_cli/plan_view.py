@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from miles.planning import Plan
 from miles.rollout.sglang.command import argument_words
@@ -57,7 +58,17 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield from _server_lines(plan)
     yield line("disk", f"{binary_bytes(plan.checkpoint_bytes)} per checkpoint")
     yield line("exports", " ".join(f"{name}={value}" for name, value in plan.exports))
+    yield from _rehearsal_lines(plan)
     yield from _derived_lines(plan)
+
+
+def _rehearsal_lines(plan: Plan) -> Iterator[str]:
+    """What is smaller or replaced, with the value of the profile, one line for each reason."""
+    label = "rehearsal"
+    for why, changes in groupby(plan.rehearsal, key=lambda change: change.why):
+        yield line(label, f"{why}:")
+        yield from (line("", f"  {change.setting}: {change.old} -> {change.new}") for change in changes)
+        label = ""
 
 
 def _trainer(plan: Plan) -> str:

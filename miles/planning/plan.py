@@ -16,6 +16,7 @@ from miles.planning.findings import Finding, PlanRefused, Severity
 from miles.planning.memory import MemoryPlan
 from miles.planning.outline import Outline, make_outline
 from miles.planning.preflight import preflight
+from miles.planning.rehearsal import Change
 from miles.planning.speculation import SpeculationPlan
 from miles.planning.subject import Subject
 from miles.planning.threads import ThreadPlan
@@ -105,6 +106,8 @@ class Plan:
     """How the native engine guesses ahead; None: it does not."""
     outline: Outline | None = None
     """Placement, layout and memory on GPUs; None for a run that asks for none."""
+    rehearsal: tuple[Change, ...] = ()
+    """What differs from the run on GPUs that this one rehearses; empty for any other."""
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values, totals included."""

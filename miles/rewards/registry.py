@@ -9,13 +9,14 @@ from miles.rewards.boxed import boxed
 from miles.rewards.exact import exact
 from miles.rewards.math_answer import MathVerifier
 from miles.rewards.outcome import Verifier
+from miles.rewards.random_reward import random_reward
 
-BUILT_IN = ("exact", "math")
+BUILT_IN = ("exact", "math", "random")
 BOXED_PREFIX = "boxed_"
 
 
 def built_in_verifier(rm_type: str) -> Verifier:
-    """The verifier `exact` or `math`, or `boxed_<name>`. Raises ConfigError for any other name."""
+    """One of `BUILT_IN`, or `boxed_<name>`. Raises ConfigError for any other name."""
     name = rm_type.removeprefix(BOXED_PREFIX)
     if name not in BUILT_IN:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
@@ -27,5 +28,6 @@ def built_in_verifier(rm_type: str) -> Verifier:
                 fix=f"--rm-type {near[0]}" if near else "--custom-rm-path path/to/file.py:function",
             )
         )
-    verifier: Verifier = exact if name == "exact" else MathVerifier()
+    plain: dict[str, Verifier] = {"exact": exact, "random": random_reward}
+    verifier: Verifier = plain[name] if name in plain else MathVerifier()
     return boxed(verifier) if rm_type.startswith(BOXED_PREFIX) else verifier

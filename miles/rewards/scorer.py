@@ -118,8 +118,9 @@ def build_scorer(
                 fix="--rm-type exact, --rm-type math, or --custom-rm-path path/to/file.py:function",
             )
         )
+    judges = rm_type != "random"
     return RewardScorer(
-        built_in_verifier(rm_type), reward_key, needs_label=True, source=f"--rm-type {rm_type}"
+        built_in_verifier(rm_type), reward_key, needs_label=judges, source=f"--rm-type {rm_type}"
     )
 
 

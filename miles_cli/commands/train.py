@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from miles.orchestration.lineage import Lineage
     from miles.planning import Plan
     from miles.planning.hardware import Hardware
+    from miles.planning.rehearsal import Change
 
 app = typer.Typer()
 
@@ -68,6 +70,12 @@ def train(
             help="With --dry-run: plan for 16xH100, 2x8xB200, … and not for this machine.",
         ),
     ] = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse", help="Three steps of a run on GPUs here, on CPUs, with a small model of its family."
+        ),
+    ] = False,
     explain: Annotated[
         str | None, typer.Option("--explain", metavar="RULE", help="Explain a preflight rule.")
     ] = None,
@@ -97,8 +105,13 @@ def train(
     copied = parent_dir(parent, profile, config)
     config = copied / "config.toml" if copied else config
     resolved = resolve(profile, config, parse_flags(context.args), sets or ())
+    changes: tuple[Change, ...] = ()
+    if rehearse:
+        from miles.orchestration.rehearsal import rehearse as rehearsed
+
+        resolved, changes = rehearsed(resolved)
     if dry_run:
-        _dry_run(resolved, assume_hardware, as_json)
+        _dry_run(resolved, assume_hardware, as_json, changes)
         return
     if assume_hardware:
         raise ConfigError(
@@ -106,7 +119,9 @@ def train(
                 "a run needs real hardware", where="--assume-hardware", fix="add --dry-run to plan only"
             )
         )
-    plan = _plan(resolved)
+    plan = _plan(resolved, rehearsal=changes)
+    if rehearse and not (as_json or quiet):
+        _print_plan(resolved, plan, as_json=False)
     if watch:
         from miles_cli.train_watch import train_and_watch
 
@@ -115,10 +130,12 @@ def train(
     raise typer.Exit(_run(resolved, plan, as_json, quiet, lineage_of(resolved, copied, asked_by)))
 
 
-def _plan(resolved: ResolvedConfig, assume: Hardware | None = None) -> Plan:
+def _plan(
+    resolved: ResolvedConfig, assume: Hardware | None = None, rehearsal: tuple[Change, ...] = ()
+) -> Plan:
     from miles.planning import collect_facts, make_plan
 
-    return make_plan(resolved, collect_facts(resolved.config, assume=assume))
+    return replace(make_plan(resolved, collect_facts(resolved.config, assume=assume)), rehearsal=rehearsal)
 
 
 def _explain(rule_id: str, as_json: bool) -> None:
@@ -128,14 +145,16 @@ def _explain(rule_id: str, as_json: bool) -> None:
     typer.echo(json.dumps(rule_dict(rule)) if as_json else "\n".join(rule_lines(rule)))
 
 
-def _dry_run(resolved: ResolvedConfig, assume: str | None, as_json: bool) -> None:
+def _dry_run(
+    resolved: ResolvedConfig, assume: str | None, as_json: bool, rehearsal: tuple[Change, ...]
+) -> None:
     """Print the plan; of a refused one the arithmetic on GPUs, before the refusal."""
     from miles.planning import PlanRefused
     from miles.planning.hardware import parse_hardware
     from miles_cli.outline_view import outline_lines
 
     try:
-        plan = _plan(resolved, parse_hardware(assume) if assume else None)
+        plan = _plan(resolved, parse_hardware(assume) if assume else None, rehearsal)
     except PlanRefused as refusal:
         if refusal.outline is not None and not as_json:
             typer.echo("\n".join(outline_lines(refusal.outline)))

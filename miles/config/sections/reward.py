@@ -28,7 +28,8 @@ class RewardSection(Section):
         ]
         | None
     ) = None
-    """Built-in verifier; `boxed_` judges only what stands in the last `boxed{}`."""
+    """Built-in verifier; `boxed_` judges only what stands in the last `boxed{}`; `random` finds half of all
+    responses right, whatever they say."""
 
     reward_key: str | None = None
     """Entry to use where the reward is a table."""

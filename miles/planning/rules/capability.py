@@ -57,7 +57,7 @@ def setting_unused(subject: Subject) -> Iterator[Found]:
 )
 def value_unsupported(subject: Subject) -> Iterator[Found]:
     written = dict(subject.explicit_settings())
-    for setting, supported in _limits(subject):
+    for setting, supported in value_limits(subject):
         value = written.get(setting)
         items = value if isinstance(value, tuple) else (value,)
         if value is not None and not set(items) <= set(supported):
@@ -141,7 +141,12 @@ def _judged(subject: Subject, feature: Feature) -> bool:
 
 
 def _asked(subject: Subject) -> Iterator[Feature]:
-    yield from (f for f in features().values() if any(_holds(subject, condition) for condition in f.asked))
+    yield from (feature for feature in features().values() if is_asked(subject, feature))
+
+
+def is_asked(subject: Subject, feature: Feature) -> bool:
+    """Whether something in the run asks for a feature."""
+    return any(_holds(subject, condition) for condition in feature.asked)
 
 
 def _holds(subject: Subject, condition: str) -> bool:
@@ -164,7 +169,8 @@ def feature_setting(feature: Feature) -> str:
     }.get(key, key)
 
 
-def _limits(subject: Subject) -> Iterator[tuple[str, tuple[object, ...]]]:
+def value_limits(subject: Subject) -> Iterator[tuple[str, tuple[object, ...]]]:
+    """Settings of the run that are supported with some values only, and these."""
     yield from capabilities().values.items()
     for _, part in subject.parts():
         yield from part.values.items()

@@ -1,0 +1,52 @@
+"""`miles train --rehearse`: three real steps of a cluster profile, on the CPUs of this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from e2e_support import Cli, summary_of
+
+from miles.planning.facts.server import ENVIRONMENT
+from miles.record import RunReader
+
+pytest.importorskip("megatron.core")
+
+PROFILE = "qwen3-moe-fp8"
+PYTHON = Path(__file__).parents[2] / ENVIRONMENT / "bin" / "python"
+
+
+def rehearsed(directory: Path, *flags: str) -> tuple[Path, dict[str, object]]:
+    """The run directory and its plan, once the run has trained three times and can be diagnosed."""
+    cli = Cli(directory / "cache", directory / "runs")
+    done = cli("train", "--profile", PROFILE, "--rehearse", *flags)
+    assert done.returncode == 0, done.stderr
+    run = cli.only_run()
+    assert (summary_of(run)["status"], summary_of(run)["steps"]) == ("finished", 3)
+    rows = [row for row in RunReader(run).rows() if row.step]
+    assert all(row.metrics["train/grad_norm"] > 0 for row in rows), "backward ran"
+    assert all(row.metrics["route/replayed_rows_frac"] == 1 for row in rows)
+    plan = json.loads((run / "plan.json").read_text())
+    assert (plan["trainer"], plan["executor"], plan["dtype"]) == ("megatron", "ray", "bf16")
+    assert cli("diagnose", str(run)).returncode == 0
+    return run, plan
+
+
+@pytest.mark.slow
+def test_megatron_rehearses_a_cluster_profile_with_the_native_engine(tmp_path: Path) -> None:
+    nowhere = ("--server-python", str(tmp_path / "no" / "python"))
+    _, plan = rehearsed(tmp_path, *nowhere)
+    changes = {change["setting"]: change for change in plan["rehearsal"]}  # type: ignore[attr-defined]
+    assert plan["engine"] == "native" and plan["rollout_format"] == "fp8"
+    assert "make sglang-cpu" in changes["rollout.backend"]["why"]
+    assert changes["parallel.pipeline_model_parallel_size"]["old"] == 4
+
+
+@pytest.mark.scale
+def test_megatron_rehearses_a_cluster_profile_with_a_real_sglang_server(tmp_path: Path) -> None:
+    if not PYTHON.exists():
+        pytest.skip("make sglang-cpu")
+    run, plan = rehearsed(tmp_path, "--server-python", str(PYTHON))
+    assert plan["engine"] == "sglang"
+    assert list((run / "logs").glob("server-*.log"))
