@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from miles.arch.spec import ArchSpec, DenseMlpSpec
+from miles.arch.spec import ArchSpec, DenseMlpSpec, MoeSpec
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("glm4_moe", "llama", "minimax_m2", "qwen2", "qwen3", "qwen3_moe")
 """Those whose weights and logits were compared in Megatron's form."""
 
 
@@ -17,8 +17,13 @@ def megatron_obstacle(spec: ArchSpec) -> str:
     mlps = [layer.mlp for layer in spec.layers]
     if len({layer.attention for layer in spec.layers}) > 1:
         return "layers that differ in their attention"
-    if spec.layers[0].attention.rope.width is not None:
-        return "rotation of a part of each head"
     if len({mlp for mlp in mlps if isinstance(mlp, DenseMlpSpec)}) > 1:
         return "dense layers of different widths"
+    return "" if spec.moe is None else _routing_obstacle(spec.moe)
+
+
+def _routing_obstacle(moe: MoeSpec) -> str:
+    """Megatron divides the scores of sigmoid routers by their sum, unless a token visits one expert."""
+    if moe.scoring == "sigmoid" and moe.norm_topk_prob != (moe.top_k > 1):
+        return f"sigmoid routing with norm_topk_prob {moe.norm_topk_prob} to {moe.top_k} experts"
     return ""

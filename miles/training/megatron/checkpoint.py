@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from miles.arch import ArchSpec, load_spec, published_tensors
+from miles.arch import ArchSpec, load_spec
 from miles.errors import CheckpointError
 from miles.training.megatron.optimizer import MOMENTS, MasterAdam
 from miles.training.megatron.tensors import MegatronTensors, OfParameter
@@ -87,8 +87,7 @@ def save_checkpoint(
         write_hf(directory / MODEL_DIR, tensors.spec, weights, source_dir, stored)
         if with_optimizer:
             (directory / OPTIMIZER_DIR).mkdir()
-        shapes = published_tensors(tensors.trained_spec)
-        forms = {name: (torch.Size(shape), torch.float32) for name, shape in shapes.items()}
+        forms = {name: (shape, torch.float32) for name, shape in tensors.trained.shapes.items()}
         for name, stream in streams.items():
             stream_tensors(directory / OPTIMIZER_DIR / f"{name}.safetensors", forms, stream)
         (directory / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")

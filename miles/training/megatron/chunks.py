@@ -11,7 +11,7 @@ from miles.training.draft_course import DraftCourse
 from miles.training.megatron.draft import DraftTraining
 from miles.training.megatron.draft_model import DraftModel
 from miles.training.megatron.layout import MegatronLayout
-from miles.training.megatron.model import build_chunks
+from miles.training.megatron.model import build_chunks, keep_biases_in_fp32
 from miles.training.megatron.optimizer import MasterAdam, wrapped_for_training
 from miles.training.megatron.passes import Chunks
 from miles.training.megatron.transformer_config import transformer_config
@@ -28,6 +28,8 @@ def built(
     """A frozen model without weights."""
     config = transformer_config(spec, layout, settings, dtype)
     bare = [chunk.to(dtype).requires_grad_(False) for chunk in build_chunks(spec, layout, config, device)]
+    for chunk in bare:
+        keep_biases_in_fp32(chunk)
     return Chunks(spec, layout, bare, bare)
 
 
@@ -55,7 +57,9 @@ def built_draft(
     if spec.mtp is None or not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
     config = transformer_config(spec, layout, settings, dtype)
-    return DraftModel(spec, layout, config).to(device, dtype).requires_grad_(False)
+    draft = DraftModel(spec, layout, config).to(device, dtype).requires_grad_(False)
+    keep_biases_in_fp32(draft)
+    return draft
 
 
 def draft_training(

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from miles.training.megatron.attention import local_attention, packed_rows
 from miles.training.megatron.head import whole_rows
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.model import layer_specs, rotation_angles
+from miles.training.megatron.routes import Deciding
 
 
 class DraftModel(MegatronModule):
@@ -47,8 +49,10 @@ class DraftModel(MegatronModule):
         self.mtp = MultiTokenPredictionBlock(config=config, spec=block, vp_stage=self.vp_stage)
         for layer in self.mtp.layers:
             if hasattr(layer.transformer_layer.mlp, "router"):
-                # Its experts are decided: routes of a rollout are those of the trunk.
-                layer.transformer_layer.mlp.router.router_replay = None
+                # Routes of a rollout are those of the trunk.
+                assert spec.moe is not None
+                layer.transformer_layer.mlp.router.router_replay = Deciding(spec.moe)
+        RouterReplay.clear_global_router_replay_instances()
         if spec.mtp.shared_projection:
             first, *others = self.mtp.layers
             for layer in others:

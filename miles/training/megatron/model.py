@@ -10,14 +10,16 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
-from torch import Tensor
+from torch import Tensor, nn
 
-from miles.arch.spec import ArchSpec, RopeSpec
+from miles.arch.spec import ArchSpec, AttentionSpec, RopeSpec
 from miles.models.rotary import angles
 from miles.training.megatron.attention import PackedDotProductAttention, PackedRows
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.routes import RouteBook
+from miles.training.megatron.width_norm import WidthNorm
 
 
 class PolicyModel(GPTModel):
@@ -27,7 +29,9 @@ class PolicyModel(GPTModel):
         super().__init__(**options)
         self.spec = spec
         self.valid_vocab = spec.vocab_size
-        self.routes = RouteBook(self.decoder, recomputes=self.config.recompute_granularity is not None)
+        self.routes = RouteBook(
+            self.decoder, spec.moe, recomputes=self.config.recompute_granularity is not None
+        )
         for buffer in (self.embedding.word_embeddings.weight,) if self.pre_process else ():
             buffer.data[:] = 0  # the rows that pad the vocabulary
         if self.post_process and self.output_layer.weight is not None:
@@ -120,4 +124,19 @@ def layer_specs(
             attention.core_attention = PackedDotProductAttention
         if spec.layers[0].attention.output_bias:
             attention.linear_proj = BiasedRowParallelLinear
+        _take_width_norms(attention, spec.layers[0].attention)
     return block
+
+
+def _take_width_norms(submodules: Any, attention: AttentionSpec) -> None:
+    if attention.qk_norm and attention.qk_norm_over == "width":
+        heads = {"q_layernorm": attention.num_heads, "k_layernorm": attention.num_kv_heads}
+        for name, count in heads.items():
+            setattr(submodules, name, ModuleSpec(module=WidthNorm, params={"heads": count}))
+
+
+def keep_biases_in_fp32(module: nn.Module) -> None:
+    """Router biases are compared, not multiplied: after a change of a module's format, undo theirs."""
+    for part in module.modules():
+        if isinstance(part, TopKRouter):
+            part._maintain_float32_expert_bias()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from miles.training.megatron.core_config import ddp_config, optimizer_config
 from miles.training.megatron.layout import MegatronLayout
+from miles.training.megatron.model import keep_biases_in_fp32
 from miles.training.settings import OptimizerSettings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -27,10 +28,13 @@ def wrapped_for_training(
     """Chunks whose gradients add up in fp32 buffers and are summed over data-parallel ranks."""
     low_precision = config.params_dtype != torch.float32
     ddp = ddp_config(layout)
-    return [
+    wrapped = [
         DistributedDataParallel(config, ddp, Float16Module(config, chunk) if low_precision else chunk)
         for chunk in chunks
     ]
+    for chunk in chunks:
+        keep_biases_in_fp32(chunk)
+    return wrapped
 
 
 class MasterAdam:
@@ -87,9 +91,9 @@ class MasterAdam:
 
     @staticmethod
     def gradient(parameter: nn.Parameter) -> Tensor:
-        """The fp32 gradient of a parameter, summed over micro-batches and ranks."""
-        gradient: Tensor = parameter.main_grad
-        return gradient
+        """The fp32 gradient of a parameter, summed over micro-batches and ranks; 0 for a router's bias."""
+        gradient: Tensor | None = getattr(parameter, "main_grad", None)
+        return torch.zeros_like(parameter) if gradient is None else gradient
 
     @staticmethod
     def master(parameter: nn.Parameter) -> nn.Parameter:
@@ -98,9 +102,9 @@ class MasterAdam:
         return master
 
     def moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
-        """One of `MOMENTS` of a parameter, live."""
-        tensor: Tensor = self._state[self.master(parameter)][moment]
-        return tensor
+        """One of `MOMENTS` of a parameter, live; 0 for a router's bias, which is never updated."""
+        state: dict[str, Tensor] | None = self._state.get(self.master(parameter))
+        return torch.zeros_like(parameter) if state is None else state[moment]
 
     def holds(self, parameter: nn.Parameter) -> bool:
         """Whether it is this optimizer that updates a parameter."""

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron.core import parallel_state
-from torch import Tensor
+from torch import Tensor, nn
 
 from miles.arch.families import FAMILIES
-from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, MoeSpec
+from miles.arch.family import MOE_NAMES, MoeNames
+from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, MoeSpec
 from miles.training.megatron.draft_model import DraftModel
 from miles.training.megatron.model import PolicyModel
 
@@ -88,28 +89,36 @@ class Place:
 
 
 def places(model: PolicyModel, spec: ArchSpec, shard: Shard) -> Iterator[Place]:
-    """Every parameter of a chunk, by its name in the chunk."""
+    """Every parameter of a chunk, and the biases of its routers, by its name in the chunk."""
+    family = FAMILIES[spec.family]
     layers = {str(index): layer.layer_number - 1 for index, layer in enumerate(model.decoder.layers)}
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights(model):
         match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
         if match is None:
             yield _outside_layers(name, parameter, spec, shard)
         else:
             index = layers[match[1]]
             prefix = f"model.layers.{index}"
-            yield _in_layer(name, match[2], prefix, spec.layers[index], parameter, shard)
+            yield _in_layer(name, match[2], prefix, spec.layers[index], parameter, shard, family.moe_names)
+
+
+def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the biases of routers, which are buffers."""
+    yield from module.named_parameters()
+    yield from ((name, buffer) for name, buffer in module.named_buffers() if name.endswith(".expert_bias"))
 
 
 def draft_places(model: DraftModel, spec: ArchSpec, shard: Shard) -> Iterator[Place]:
     """Every parameter of the MTP layers, by its name in their module."""
     assert spec.mtp is not None
-    for name, parameter in model.named_parameters():
+    family = FAMILIES[spec.family]
+    for name, parameter in weights(model):
         match = re.fullmatch(r"mtp\.layers\.(\d+)\.(transformer_layer\.)?(.+)", name)
         assert match is not None, f"no place for {name}"
         depth, inside, local = int(match[1]), match[2], match[3]
-        names = FAMILIES[spec.family].mtp_names.at(depth, spec.num_layers)
+        names, layer = family.mtp_names.at(depth, spec.num_layers), spec.mtp.layers[depth]
         if inside:
-            yield _in_layer(name, local, names.layer, spec.mtp.layers[depth], parameter, shard)
+            yield _in_layer(name, local, names.layer, layer, parameter, shard, family.moe_names)
         elif local == "eh_proj.weight":
             yield Place(name, (_rows(names.fc, parameter, shard.tp),), shard.writes_dense)
         else:
@@ -132,7 +141,20 @@ def _outside_layers(name: str, parameter: Tensor, spec: ArchSpec, shard: Shard) 
     return Place(name, (piece,), shard.writes_dense and not copy)
 
 
-def _in_layer(name: str, local: str, prefix: str, layer: LayerSpec, parameter: Tensor, shard: Shard) -> Place:
+def _in_layer(
+    name: str,
+    local: str,
+    prefix: str,
+    layer: LayerSpec,
+    parameter: Tensor,
+    shard: Shard,
+    names: MoeNames,
+) -> Place:
+    if local.startswith("mlp.") and local not in _NORMS:
+        return _in_mlp(name, local, prefix, layer.mlp, parameter, shard, names)
+    if local in _QK_NORMS and layer.attention.qk_norm_over == "width":
+        # Heads are cut, and their weights with them.
+        return Place(name, (_rows(f"{prefix}.{_QK_NORMS[local]}", parameter, shard.tp),), shard.writes_dense)
     if local in _NORMS:
         theirs = _NORMS[local]
         return _replicated(name, f"{prefix}.{theirs}", parameter, shard)
@@ -144,29 +166,48 @@ def _in_layer(name: str, local: str, prefix: str, layer: LayerSpec, parameter: T
     if local == "self_attention.linear_proj.weight":
         piece = _columns(f"{prefix}.self_attn.o_proj.weight", parameter, shard.tp)
         return Place(name, (piece,), shard.writes_dense)
-    if local == "self_attention.linear_proj.bias":
-        return _replicated(name, f"{prefix}.self_attn.o_proj.bias", parameter, shard)
+    assert local == "self_attention.linear_proj.bias", f"no place for {name}"
+    return _replicated(name, f"{prefix}.self_attn.o_proj.bias", parameter, shard)
+
+
+def _in_mlp(
+    name: str,
+    local: str,
+    prefix: str,
+    mlp: DenseMlpSpec | MoeSpec,
+    parameter: Tensor,
+    shard: Shard,
+    names: MoeNames,
+) -> Place:
+    matrix = local.split(".")[-2]
+    if isinstance(mlp, DenseMlpSpec):
+        block = f"{prefix}.{names.dense_block}"
+        return Place(name, _mlp(block, matrix, parameter, shard.tp, MOE_NAMES), shard.writes_dense)
+    block = f"{prefix}.{names.block}"
+    if local == "mlp.router.weight":
+        return _replicated(name, f"{block}.{names.router}", parameter, shard)
+    if local == "mlp.router.expert_bias":
+        return _replicated(name, f"{block}.{names.correction_bias}", parameter, shard)
+    if local.startswith("mlp.shared_experts."):
+        block = f"{block}.{names.shared}"
+        return Place(name, _mlp(block, matrix, parameter, shard.tp, MOE_NAMES), shard.writes_dense)
     expert = _expert(local)
-    if expert is not None:
-        matrix, number = expert
-        moe = layer.mlp
-        assert isinstance(moe, MoeSpec)
-        number += shard.ep * moe.num_experts // shard.ep_size
-        block = f"{prefix}.mlp.experts.{number}"
-        return Place(name, _mlp(block, matrix, parameter, shard.etp), shard.writes_experts)
-    assert local in ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight"), f"no place for {name}"
-    matrix = local.split(".")[1]
-    return Place(name, _mlp(f"{prefix}.mlp", matrix, parameter, shard.tp), shard.writes_dense)
+    assert expert is not None, f"no place for {name}"
+    matrix, number = expert
+    number += shard.ep * mlp.num_experts // shard.ep_size
+    pieces = _mlp(f"{block}.experts.{number}", matrix, parameter, shard.etp, names)
+    return Place(name, pieces, shard.writes_experts)
 
 
-_NORMS = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+_QK_NORMS = {
     "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
     "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
+}
+_NORMS = _QK_NORMS | {
+    "input_layernorm.weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "mlp.router.weight": "mlp.gate.weight",
 }
 """Parameters that every tensor-parallel rank has whole: Megatron's own layers and Transformer Engine's."""
 
@@ -200,14 +241,14 @@ def _columns(theirs: str, parameter: Tensor, rank: int) -> Piece:
     return Piece(theirs, 1, rank * width, width, lambda local: local)
 
 
-def _mlp(prefix: str, matrix: str, parameter: Tensor, rank: int) -> tuple[Piece, ...]:
+def _mlp(prefix: str, matrix: str, parameter: Tensor, rank: int, names: MoeNames) -> tuple[Piece, ...]:
     """linear_fc1 is this rank's rows of gate over those of up; linear_fc2 its columns of down."""
     if matrix == "linear_fc2":
-        return (_columns(f"{prefix}.down_proj.weight", parameter, rank),)
+        return (_columns(f"{prefix}.{names.down}.weight", parameter, rank),)
     rows = parameter.shape[0] // 2
     return (
-        Piece(f"{prefix}.gate_proj.weight", 0, rank * rows, rows, lambda local: local[:rows]),
-        Piece(f"{prefix}.up_proj.weight", 0, rank * rows, rows, lambda local: local[rows:]),
+        Piece(f"{prefix}.{names.gate}.weight", 0, rank * rows, rows, lambda local: local[:rows]),
+        Piece(f"{prefix}.{names.up}.weight", 0, rank * rows, rows, lambda local: local[rows:]),
     )
 
 

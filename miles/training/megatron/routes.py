@@ -18,6 +18,8 @@ import torch
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch import Tensor
 
+from miles.arch.spec import MoeSpec
+from miles.models.routing import decide
 from miles.models.routing_stats import RoutingAgreement, compare_routes
 
 ComputeTopk = Callable[..., tuple[Tensor, Tensor]]
@@ -33,20 +35,14 @@ class ForwardRoutes:
     decided: dict[int, Tensor] = field(default_factory=dict)
 
 
-class LayerReplay(RouterReplay):
-    """The routing of one layer. -1 rows fall through to deciding.
-
-    Activation recompute runs the router again in backward, with gradients on, and must get the same experts:
-    what a forward without gradients chose waits in `_again`, in the order of the forwards, which is that of
-    the backwards.
+class Deciding(RouterReplay):
+    """A router that always decides, as `models.routing` does: Megatron's own choice scores a group by
+    another number of its experts.
     """
 
-    def __init__(self, layer: int, recomputes: bool) -> None:
+    def __init__(self, moe: MoeSpec) -> None:
         super().__init__()
-        self._layer, self._recomputes = layer, recomputes
-        self._again: deque[Tensor] = deque()
-        self.routes: ForwardRoutes | None = None
-        self.trains = False
+        self._moe = moe
 
     def get_replay_topk(
         self,
@@ -56,22 +52,46 @@ class LayerReplay(RouterReplay):
         group_topk: int | None = None,
         default_compute_topk: ComputeTopk | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Scores [t, E] -> scores and ids [t, k] of the chosen experts, with the gradient of `scores`."""
-        assert default_compute_topk is not None and self.routes is not None, "no forward was announced"
+        """Scores [t, E], a router's bias included -> scores and ids [t, k] of the chosen experts, with the
+        gradient of `scores`.
+        """
+        ids = self._ids(scores)
+        return scores.gather(1, ids), ids
+
+    def _ids(self, scores: Tensor) -> Tensor:
+        return decide(scores.detach(), self._moe)
+
+
+class LayerReplay(Deciding):
+    """The routing of one layer. -1 rows fall through to deciding.
+
+    Activation recompute runs the router again in backward, with gradients on, and must get the same experts:
+    what a forward without gradients chose waits in `_again`, in the order of the forwards, which is that of
+    the backwards.
+    """
+
+    def __init__(self, layer: int, moe: MoeSpec, recomputes: bool) -> None:
+        super().__init__(moe)
+        self._layer, self._recomputes = layer, recomputes
+        self._again: deque[Tensor] = deque()
+        self.routes: ForwardRoutes | None = None
+        self.trains = False
+
+    def _ids(self, scores: Tensor) -> Tensor:
+        assert self.routes is not None, "no forward was announced"
         if self._recomputes and self.trains and torch.is_grad_enabled():
-            ids = self._again.popleft()
-            return scores.gather(1, ids), ids
-        ids = self._choose(scores, lambda: default_compute_topk(scores, topk, num_groups, group_topk)[1])
+            return self._again.popleft()
+        ids = self._choose(scores)
         if self._recomputes and self.trains:
             self._again.append(ids)
         self.routes.dispatched[self._layer] = ids
-        return scores.gather(1, ids), ids
+        return ids
 
-    def _choose(self, scores: Tensor, decide: Callable[[], Tensor]) -> Tensor:
+    def _choose(self, scores: Tensor) -> Tensor:
         assert self.routes is not None
         replayed = None if self.routes.replayed is None else self.routes.replayed[self._layer]
         gaps = replayed is not None and bool((replayed < 0).any())
-        decided = decide() if replayed is None or gaps or self.routes.measure else None
+        decided = super()._ids(scores) if replayed is None or gaps or self.routes.measure else None
         if decided is not None and self.routes.measure:
             self.routes.decided[self._layer] = decided
         if replayed is None or decided is None:
@@ -82,11 +102,12 @@ class LayerReplay(RouterReplay):
 class RouteBook:
     """The routers of one model chunk, in layer order."""
 
-    def __init__(self, decoder: Any, recomputes: bool) -> None:
+    def __init__(self, decoder: Any, moe: MoeSpec | None, recomputes: bool) -> None:
         self.layers = [layer for layer in decoder.layers if hasattr(layer.mlp, "router")]
         self._replays = []
         for index, layer in enumerate(self.layers):
-            replay = LayerReplay(index, recomputes)
+            assert moe is not None
+            replay = LayerReplay(index, moe, recomputes)
             layer.mlp.router.router_replay = replay
             self._replays.append(replay)
         # megatron-core keeps all instances of a process in one list; policy and reference must not mix.

@@ -15,10 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from miles.arch import ArchSpec, published_tensors
+from miles.arch.families import FAMILIES
 from miles.arch.family import Shape
 from miles.training.megatron.draft_model import DraftModel
 from miles.training.megatron.model import PolicyModel
-from miles.training.megatron.places import Piece, Place, Shard, draft_places, places
+from miles.training.megatron.places import Piece, Place, Shard, draft_places, places, weights
+from miles.weights.hf import stored_dtype
 from miles.weights.native_map import load_each
 
 BUCKET_BYTES = 256 << 20
@@ -53,6 +55,9 @@ class MegatronTensors:
         self._spec, self._device = spec, device
         self._shapes: dict[str, Shape] = published_tensors(spec)
         self._local: dict[str, list[LocalPiece]] = {name: [] for name in self._shapes}
+        self._copies: dict[str, list[str]] = {}
+        for copy, original in FAMILIES[spec.family].mtp_copies(spec):
+            self._copies.setdefault(original, []).append(copy)
         shard = Shard.current()
         for chunk in chunks:
             self._take(chunk, places(chunk, spec, shard))
@@ -60,7 +65,7 @@ class MegatronTensors:
             self._take(draft, draft_places(draft, spec, shard))
 
     def _take(self, module: nn.Module, found: Iterator[Place]) -> None:
-        parameters = dict(module.named_parameters())
+        parameters = dict(weights(module))
         for place in found:
             for piece in place.pieces:
                 local = LocalPiece(piece, parameters[place.parameter], place.writes)
@@ -92,13 +97,15 @@ class MegatronTensors:
     def published(
         self, dtype: torch.dtype, of: OfParameter = lambda parameter: parameter, everywhere: bool = False
     ) -> Iterator[tuple[str, Tensor]]:
-        """Whole detached tensors in `dtype`. Every rank must iterate to the end; only the first is given
-        tensors, or all of them with `everywhere`.
+        """Whole detached tensors in `dtype`, but router biases in fp32. Every rank must iterate to the end;
+        only the first is given tensors, or all of them with `everywhere`.
         """
         for bucket in self._buckets(dtype):
-            flat = self._gather(bucket, dtype, of, everywhere)
+            flat = self._gather(bucket, stored_dtype(bucket[0], dtype), of, everywhere)
             if everywhere or dist.get_rank() == 0:
-                yield from self._cut(flat, bucket)
+                for name, tensor in self._cut(flat, bucket):
+                    yield name, tensor
+                    yield from ((copy, tensor) for copy in self._copies.get(name, ()))
 
     @torch.no_grad()
     def norm(self, names: Iterable[str], of: OfParameter) -> float:
@@ -117,6 +124,13 @@ class MegatronTensors:
                 local.piece.view(of(local.parameter))[(0,) * len(self._view_shape(local))] = value
 
     @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """What `published` gives: all tensors, and what MTP layers hold a second time."""
+        shapes = {name: torch.Size(shape) for name, shape in self._shapes.items()}
+        copies = {copy: shapes[name] for name, copies in self._copies.items() for copy in copies}
+        return shapes | copies
+
+    @property
     def names(self) -> list[str]:
         """All published tensors of the model."""
         return list(self._shapes)
@@ -131,16 +145,24 @@ class MegatronTensors:
         return local.piece.view(local.parameter).shape
 
     def _buckets(self, dtype: torch.dtype) -> Iterator[list[str]]:
+        """Names in buckets of one format each."""
+        plain = [name for name in self._shapes if stored_dtype(name, dtype) == dtype]
+        for names in (plain, [name for name in self._shapes if stored_dtype(name, dtype) != dtype]):
+            yield from self._cut_buckets(names, dtype)
+
+    def _cut_buckets(self, names: list[str], dtype: torch.dtype) -> Iterator[list[str]]:
         bucket: list[str] = []
         size = 0
-        for name, shape in self._shapes.items():
+        for name in names:
+            shape = self._shapes[name]
             nbytes = torch.Size(shape).numel() * dtype.itemsize
             if bucket and size + nbytes > BUCKET_BYTES:
                 yield bucket
                 bucket, size = [], 0
             bucket.append(name)
             size += nbytes
-        yield bucket
+        if bucket:
+            yield bucket
 
     def _gather(self, names: list[str], dtype: torch.dtype, of: OfParameter, everywhere: bool) -> Tensor:
         total = sum(torch.Size(self._shapes[name]).numel() for name in names)

@@ -10,7 +10,7 @@ import importlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from miles.training.settings import TrainerSettings
 from miles.weights.atomic import staged_directory
 from miles.weights.hf import TORCH_DTYPES, copy_companions, read_hf, write_hf
 
+if TYPE_CHECKING:
+    from miles.training.megatron.tensors import MegatronTensors
+
 VERSION = 1
 """Of the torch_dist format, as megatron-core counts it."""
 
@@ -40,7 +43,7 @@ def hf_to_torch_dist(source: Path, target: Path) -> int:
     with staged_directory(target) as stage:
         count = _write(stage, spec, read_hf(source), TORCH_DTYPES[spec.dtype])
         config = to_hf_config(spec) | read_json(source / "config.json")
-        config = with_mtp_depth(config, 0) | {"torch_dtype": HF_DTYPE_NAMES[spec.dtype]}
+        config = with_mtp_depth(config, spec.mtp_num_layers) | {"torch_dtype": HF_DTYPE_NAMES[spec.dtype]}
         (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_companions(source, stage)
     return count
@@ -69,16 +72,26 @@ def _newest(directory: Path) -> Path:
     return directory / (f"iter_{int(name):07d}" if name.isdigit() else name)
 
 
-def _model(spec: ArchSpec, dtype: torch.dtype) -> Any:
-    """One chunk that holds all of the model, without a trainer around it, and its tensors by name."""
+def _model(spec: ArchSpec, dtype: torch.dtype) -> tuple[list[Any], MegatronTensors]:
+    """The modules that hold all of the model, without a trainer around them, and its tensors by name."""
     require_expressible(spec)
     layout, device = MegatronLayout(), torch.device("cpu")
     open_groups(layout, spec.num_layers)
-    from miles.training.megatron.chunks import built
+    from miles.training.megatron.chunks import built, built_draft
     from miles.training.megatron.tensors import MegatronTensors
 
-    chunks = built(spec, layout, TrainerSettings(), dtype, device)
-    return chunks.bare[0], MegatronTensors(spec, chunks.bare, device)
+    chunks = built(spec.policy, layout, TrainerSettings(), dtype, device)
+    draft = built_draft(spec, layout, TrainerSettings(), dtype, device)
+    modules = [*chunks.bare, *([] if draft is None else [draft])]
+    return modules, MegatronTensors(spec, chunks.bare, device, draft)
+
+
+def _sharded(modules: list[Any]) -> dict[str, Any]:
+    """Their tensors as megatron-core writes and reads them."""
+    state: dict[str, Any] = {}
+    for module in modules:
+        state |= module.sharded_state_dict(prefix="")
+    return state
 
 
 def _dist_checkpointing() -> Any:
@@ -91,18 +104,18 @@ def _dist_checkpointing() -> Any:
 
 
 def _write(directory: Path, spec: ArchSpec, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> int:
-    model, named = _model(spec, dtype)
+    modules, named = _model(spec, dtype)
     named.load(tensors, where="the source")
     dist_checkpointing = _dist_checkpointing()
-    dist_checkpointing.save(model.sharded_state_dict(prefix=""), str(directory), ("torch_dist", VERSION))
+    dist_checkpointing.save(_sharded(modules), str(directory), ("torch_dist", VERSION))
     return len(named.names)
 
 
 def _read(directory: Path, spec: ArchSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    model, named = _model(spec, dtype)
+    modules, named = _model(spec, dtype)
     dist_checkpointing = _dist_checkpointing()
     try:
-        state = dist_checkpointing.load(model.sharded_state_dict(prefix=""), str(directory))
+        state = dist_checkpointing.load(_sharded(modules), str(directory))
     except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"the checkpoint cannot be read as {spec.architecture}: {error}",
@@ -110,5 +123,6 @@ def _read(directory: Path, spec: ArchSpec, dtype: torch.dtype) -> Iterator[tuple
             fix="name the checkpoint that has its config.json: --origin-hf-dir",
         ) from error
     weights = {name: value for name, value in state.items() if torch.is_tensor(value)}
-    model.load_state_dict(weights, strict=False)
+    for module in modules:
+        module.load_state_dict(weights, strict=False)
     yield from named.published(dtype)

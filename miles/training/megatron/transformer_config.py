@@ -38,7 +38,7 @@ def transformer_config(
             kv_channels=attention.head_dim,
             add_bias_linear=False,
             add_qkv_bias=attention.qkv_bias,
-            qk_layernorm=attention.qk_norm,
+            qk_layernorm=attention.qk_norm and attention.qk_norm_over == "head",
             normalization="RMSNorm",
             layernorm_epsilon=spec.rms_norm_eps,
             gated_linear_unit=True,
@@ -93,7 +93,18 @@ def _mlp(spec: ArchSpec, layout: MegatronLayout) -> dict[str, Any]:
         "moe_ffn_hidden_size": moe.intermediate_size,
         "moe_router_topk": moe.top_k,
         # Normalised probabilities of the chosen are the softmax over their logits alone.
-        "moe_router_pre_softmax": not moe.norm_topk_prob,
+        "moe_router_pre_softmax": moe.scoring == "softmax" and not moe.norm_topk_prob,
+        "moe_router_score_function": moe.scoring,
+        # Biases stay as published: the native trainer leaves them too.
+        **(
+            {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.0}
+            if moe.correction_bias
+            else {}
+        ),
+        "moe_router_num_groups": moe.num_groups if moe.num_groups > 1 else None,
+        "moe_router_group_topk": moe.top_groups if moe.num_groups > 1 else None,
+        "moe_router_topk_scaling_factor": None if moe.routed_scaling == 1.0 else moe.routed_scaling,
+        "moe_shared_expert_intermediate_size": moe.shared_size or None,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_enable_routing_replay": True,

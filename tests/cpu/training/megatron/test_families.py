@@ -1,0 +1,133 @@
+"""Families with sigmoid routers, shared experts and MTP layers in Megatron's form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from miles.arch import ArchSpec, load_spec, optional_copies, spec_from_hf_config
+from miles.data.batch import TrainBatch
+from miles.models.decoder import Decoder
+from miles.models.mtp import MtpDraft
+from miles.training.megatron.layout import MegatronLayout
+from miles.training.megatron.torch_dist import hf_to_torch_dist, torch_dist_to_hf
+from miles.training.megatron.trainer import MegatronTrainer
+from miles.training.native.trainer import NativeTrainer
+from miles.training.settings import OptimizerSettings, TrainerSettings
+from miles.weights.hf import read_hf, write_hf
+from miles.weights.native_map import to_published
+
+SIZES = {
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "rope_theta": 1e4,
+    "initializer_range": 0.3,
+}
+SHARED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "glm4_moe": {"architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "use_qk_norm": True}
+    | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}
+    | SHARED,
+    "minimax_m2": {"architectures": ["MiniMaxM2ForCausalLM"], "num_local_experts": 4, "rotary_dim": 4}
+    | {"num_experts_per_tok": 2, "intermediate_size": 12},
+}
+
+
+def family_spec(name: str, **more: Any) -> ArchSpec:
+    return spec_from_hf_config(SIZES | FAMILIES[name] | more)
+
+
+def settings_of(spec: ArchSpec) -> TrainerSettings:
+    return TrainerSettings(
+        optimizer=OptimizerSettings(lr=2e-3), max_tokens_per_micro_batch=40, train_mtp=spec.mtp is not None
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_steps_equal_the_native_trainers(name: str, make_batch: Callable[..., TrainBatch]) -> None:
+    spec = family_spec(name)
+    trainers = [kind(spec, settings_of(spec)) for kind in (MegatronTrainer, NativeTrainer)]
+    for trainer in trainers:
+        trainer.init_weights(0)
+    for seed in range(2):
+        batch = make_batch(spec, seed=seed, noise=0.3)
+        ours, theirs = (
+            {k: v for k, v in t.train_step(batch).metrics.items() if "perf/" not in k} for t in trainers
+        )
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    expected = dict(trainers[1].named_weights())
+    for key, tensor in trainers[0].named_weights():
+        assert (tensor - expected[key]).abs().mean() <= 1e-5, key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_to_torch_dist_and_back(name: str, tmp_path: Path) -> None:
+    """Bit for bit, the numbers that arithmetic would change and the MTP layers included."""
+    spec = family_spec(name, torch_dtype="bfloat16")
+    decoder = Decoder(spec, dtype=torch.bfloat16)
+    draft = None if spec.mtp is None else MtpDraft(spec, dtype=torch.bfloat16)
+    tensors = {key: view.clone() for key, view in to_published(decoder, draft)}
+    for seed, tensor in enumerate(tensors.values()):
+        tensor.normal_(generator=torch.Generator().manual_seed(seed))
+        tensor.view(-1)[:3] = torch.tensor([-0.0, float("inf"), 1e-40])
+    copies = optional_copies(spec)
+    tensors |= {key: tensors[copies[key]] for key in tensors if key in copies}
+    names = set(tensors)
+    write_hf(tmp_path / "hf", spec, tensors.items())
+    hf_to_torch_dist(tmp_path / "hf", tmp_path / "torch_dist")
+    torch_dist_to_hf(tmp_path / "torch_dist", tmp_path / "back")
+    given, found = dict(read_hf(tmp_path / "hf")), dict(read_hf(tmp_path / "back"))
+    assert given.keys() == found.keys() == names
+    for key, tensor in given.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
+    assert load_spec(tmp_path / "back") == spec
+
+
+LAYOUTS = {
+    "TP2 with sequence parallelism and EP2": MegatronLayout(tp=2, ep=2, sequence_parallel=True),
+    "PP2": MegatronLayout(pp=2),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(
+    world: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, make_batches: Any
+) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("families")
+    how = {
+        name: {"spec": spec, "settings": settings_of(spec), "batches": make_batches(spec, 3)}
+        for name, spec in ((name, family_spec(name)) for name in FAMILIES)
+    }
+    cases = {
+        f"{name}, {kind}": ("train", how[name] | {"layout": layout})
+        for name in FAMILIES
+        for kind, layout in LAYOUTS.items()
+    }
+    alone = {name: ("train", how[name] | {"layout": MegatronLayout()}) for name in FAMILIES}
+    two: dict[str, Any] = world(2, root / "two", cases)[0]
+    one: dict[str, Any] = world(1, root / "one", alone)[0]
+    return two | one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_processes_equal_one(name: str, layout: str, outcomes: dict[str, Any]) -> None:
+    rows, weights = outcomes[f"{name}, {layout}"]
+    expected, alone = outcomes[name]
+    for row, right in zip(rows, expected, strict=True):
+        assert row == pytest.approx(right, rel=1e-3, abs=1e-4)
+    for key, tensor in weights.items():
+        assert (tensor - alone[key]).abs().mean() <= 1e-5, key
