@@ -444,7 +444,7 @@ CASES: dict[str, tuple[Case, Case]] = {
         scaled("--rollout-batch-size 4 --n-samples-per-prompt 2"),
     ),
     "LAY14": (
-        Case("--train-backend megatron --actor-num-gpus-per-node 0", facts=arch(family="glm4_moe")),
+        Case("--train-backend megatron --actor-num-gpus-per-node 0", facts=arch(family="gemma2")),
         Case("--train-backend megatron --actor-num-gpus-per-node 0"),
     ),
     "GPU1": (scaled(facts=on("8xH100")), scaled(facts=on("24xH100"))),
