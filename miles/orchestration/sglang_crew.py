@@ -21,6 +21,7 @@ from miles.orchestration.sglang_servers import ServedEngine, TensorPacket
 from miles.orchestration.train_worker import TrainWorker
 from miles.orchestration.weight_packets import pack
 from miles.orchestration.weight_sync import PacketWeights, WeightSource, weights_for_engine
+from miles.planning.speculation import OWN_DRAFT
 from miles.record import RecordWriter, RunLayout
 from miles.rollout.sglang.command import ServerOptions
 from miles.rollout.sglang.engine import SglangEngine
@@ -119,7 +120,11 @@ def make_server(job: Job, spec: ArchSpec, name: str, rank: int, address: str | N
 def _start(job: Job, name: str, rank: int) -> ServerProcess:
     plan = job.plan
     assert plan.server_python is not None and plan.server_args is not None, "preflight asks for a server"
-    args = {"model_path": str(job.source.directory), **plan.server_args}
+    checkpoint = str(job.source.directory)
+    args = {"model_path": checkpoint, **plan.server_args}
+    if args.get("speculative_algorithm") in OWN_DRAFT:
+        # SGLang finds the MTP layers of some families by itself, and those of Qwen 3 only when told.
+        args.setdefault("speculative_draft_model_path", checkpoint)
     args["random_seed"] = plan.server_args["random_seed"] + rank
     # The longest request has two positions to spare, also where it fills those of the model.
     longer = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}

@@ -7,6 +7,7 @@ from typing import Any
 
 from miles.config import RunConfig
 from miles.planning.engine_limits import EngineLimits
+from miles.planning.speculation import plan_speculation
 
 SERVER_DTYPES: Mapping[str, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """What a server calls a format of plain weights; a quantised checkpoint says its own (`auto`)."""
@@ -33,10 +34,26 @@ def plan_server_args(
     }
     if replay:
         args["enable_return_routed_experts"] = True
+    guesses = _speculation_args(config)
+    # Slots that a request holds for guesses: those being verified, and those after them.
+    ahead = 2 * guesses.get("speculative_num_draft_tokens", 0)
     if on_gpus:
         args["tp_size"] = config.cluster.rollout_num_gpus_per_engine
     else:
         # Left alone, a server takes its memory from what the machine has free.
         args["max_running_requests"] = limits.running_requests
-        args["max_total_tokens"] = limits.running_requests * args["context_length"]
-    return args | config.sglang.server_args()
+        args["max_total_tokens"] = limits.running_requests * (args["context_length"] + ahead)
+    return args | guesses | config.sglang.server_args()
+
+
+def _speculation_args(config: RunConfig) -> dict[str, Any]:
+    """What a server that guesses ahead is told; it takes steps, branches and tokens all or none."""
+    plan = plan_speculation(config.sglang)
+    if plan is None or plan.algorithm == "NGRAM":
+        return {}
+    return {
+        "speculative_algorithm": plan.algorithm,
+        "speculative_num_steps": plan.num_steps,
+        "speculative_eagle_topk": plan.eagle_topk,
+        "speculative_num_draft_tokens": plan.num_draft_tokens,
+    }

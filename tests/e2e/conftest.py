@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from e2e_support import SMALL, Cli
+from sglang_support import assert_ended, server_processes, serving
+
+from miles.rollout.sglang.server import ServerProcess
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +27,28 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
             done = warm("train", *SMALL, "--num-rollout", "1", "--skip-eval-before-train")
             assert done.returncode == 0, done.stderr
     return cache
+
+
+@pytest.fixture(scope="session")
+def warm_checkpoint(shared_cache: Path) -> Path:
+    """The quickstart MoE after its warm start; its head is tied to its embedding."""
+    (found,) = (shared_cache / "checkpoints").iterdir()
+    return found
+
+
+@pytest.fixture(scope="session")
+def sglang_server(warm_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One server for all tests that do not start their own; its weights are those of the last user."""
+    with serving(warm_checkpoint, tmp_path_factory.mktemp("server") / "server.log") as server:
+        yield server
+
+
+@pytest.fixture
+def no_server_is_left() -> Iterator[None]:
+    """Servers that a test starts end with it."""
+    before = server_processes()
+    yield
+    assert_ended(before)
 
 
 @pytest.fixture

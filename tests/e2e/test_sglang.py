@@ -13,16 +13,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from e2e_support import Cli, summary_of
+from sglang_support import ATTACHED, CONTEXT, PYTHON, REPOSITORY, TRAIN, settle
 
 from miles.arch import ArchSpec, load_spec
 from miles.config.sglang_table import TABLE
@@ -35,7 +35,6 @@ from miles.planning.facts.server import ENVIRONMENT
 from miles.record import RunReader
 from miles.rollout.engine import GenerateOutput, GenerateRequest, SamplingParams
 from miles.rollout.native.engine import EngineSettings, NativeEngine
-from miles.rollout.sglang.command import ServerOptions
 from miles.rollout.sglang.engine import SglangEngine, SglangSettings
 from miles.rollout.sglang.http import HttpClient
 from miles.rollout.sglang.probe import probe
@@ -44,26 +43,12 @@ from miles.training.native.trainer import NativeTrainer
 from miles.training.settings import TrainerSettings
 from miles.weights.hf import read_hf
 
-pytestmark = pytest.mark.scale
-
-REPOSITORY = Path(__file__).parents[2]
-PYTHON = REPOSITORY / ENVIRONMENT / "bin" / "python"
-CONTEXT = 192
-T = TypeVar("T")
-
-
-def settle(scenario: Awaitable[T]) -> T:
-    async def bounded() -> T:
-        return await asyncio.wait_for(scenario, 900)
-
-    return asyncio.run(bounded())
+pytestmark = [pytest.mark.scale, pytest.mark.usefixtures("no_server_is_left")]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(shared_cache: Path) -> Path:
-    """The quickstart MoE after its warm start; its head is tied to its embedding."""
-    (found,) = (shared_cache / "checkpoints").iterdir()
-    return found
+def checkpoint(warm_checkpoint: Path) -> Path:
+    return warm_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -72,24 +57,8 @@ def spec(checkpoint: Path) -> ArchSpec:
 
 
 @pytest.fixture(scope="module")
-def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    args = {
-        "model_path": str(checkpoint),
-        "dtype": "float32",
-        "context_length": CONTEXT + 2,
-        "max_total_tokens": 16384,
-        "max_running_requests": 64,
-        "skip_tokenizer_init": True,
-        "enable_return_routed_experts": True,
-        "enable_metrics": True,
-    }
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    started = ServerProcess(ServerOptions(python=PYTHON, args=args, log=log))
-    try:
-        settle(started.wait_ready(600))
-        yield started
-    finally:
-        started.kill()
+def server(sglang_server: ServerProcess) -> ServerProcess:
+    return sglang_server
 
 
 @pytest.fixture
@@ -314,16 +283,20 @@ def test_a_server_ends_with_the_process_that_started_it(checkpoint: Path, tmp_pa
             time.sleep(0.1)
 
 
-TRAIN = (
-    *("train", "--profile", "quickstart", "--rollout-backend", "sglang", "--server-python", str(PYTHON)),
-    *("--eval-prompt-data", "sort", "builtin:sort/test@[0:64]"),
-)
+def test_twenty_steps_of_grpo_on_sglang_samples_raise_the_reward(cli: Cli, server: ServerProcess) -> None:
+    """The native trainer, attached to a server that others started and that goes on afterwards."""
+    learned(cli, "--train-backend", "native", *ATTACHED, server.url)
+    assert server.ended is None
 
 
-@pytest.mark.parametrize("trainer", ["native", "megatron"])
-def test_twenty_steps_of_grpo_on_sglang_samples_raise_the_reward(cli: Cli, trainer: str) -> None:
-    size = ("--num-rollout", "20", "--check-weight-update-equal")
-    done = cli(*TRAIN, *size, "--train-backend", trainer, timeout=900)
+def test_twenty_steps_of_megatron_on_sglang_samples_raise_the_reward(cli: Cli) -> None:
+    """Real megatron-core, and a server that the run starts and ends."""
+    learned(cli, "--train-backend", "megatron")
+
+
+def learned(cli: Cli, *words: str) -> None:
+    """Twenty steps with replayed routes, and new weights over HTTP at each of them, raise the reward."""
+    done = cli(*TRAIN, "--num-rollout", "20", "--check-weight-update-equal", *words, timeout=900)
     assert done.returncode == 0, done.stderr
     run = cli.only_run()
     summary = summary_of(run)
@@ -383,25 +356,11 @@ def _sampling(cli: Cli, step: int) -> bool:
     return any(phase.name == "rollout" and phase.step == step and phase.seconds is None for phase in phases)
 
 
-def test_a_run_attaches_to_a_server_that_already_runs(cli: Cli, server: ServerProcess) -> None:
-    small = (
-        "--num-rollout",
-        "2",
-        "--rollout-batch-size",
-        "4",
-        "--skip-eval-before-train",
-        "--update-weight-transfer-mode",
-        "disk",
-    )
-    done = cli(
-        *TRAIN,
-        *small,
-        "--rollout-max-context-len",
-        str(CONTEXT),
-        "--rollout-external-engine-addrs",
-        server.url,
-        timeout=300,
-    )
+def test_weights_reach_a_run_s_server_through_a_directory(cli: Cli, server: ServerProcess) -> None:
+    small = ("--num-rollout", "2", "--rollout-batch-size", "4", "--skip-eval-before-train")
+    disk = ("--update-weight-transfer-mode", "disk", "--check-weight-update-equal")
+    done = cli(*TRAIN, *small, *disk, *ATTACHED, server.url, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert server.ended is None, "a server that others started goes on"
-    assert summary_of(cli.only_run())["steps"] == 2
+    run = cli.only_run()
+    assert summary_of(run)["steps"] == 2
+    assert len({e["checksums"]["engine-0"] for e in RunReader(run).events("weights_compared")}) == 3

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from miles.planning.findings import Found, Severity
 from miles.planning.rules.rule import rule
 from miles.planning.server_args import OWNED
+from miles.planning.speculation import OWN_DRAFT
 from miles.planning.subject import Subject
 
 
@@ -40,6 +41,26 @@ def owned_argument(subject: Subject) -> Iterator[Found]:
         for name in OWNED:
             if name in subject.config.sglang.server_args():
                 yield Found(f"{name} is set for SGLang", f"sglang.{name}", _INSTEAD.get(name, ""))
+
+
+@rule(
+    "SRV3",
+    Severity.ERROR,
+    title="guesses that a server without CUDA cannot verify",
+    cause="SGLang's kernels for trees of guesses and for other drafts are CUDA only; on a CPU the policy's "
+    "own MTP layers guess in a chain (docs/speculative.md)",
+    fix="--sglang-speculative-algorithm EAGLE --sglang-speculative-eagle-topk 1 --mtp-num-layers 1",
+)
+def guesses_without_cuda(subject: Subject) -> Iterator[Found]:
+    sglang = subject.config.sglang
+    if not subject.starts_servers or subject.on_gpus or sglang.speculative_algorithm is None:
+        return
+    if sglang.speculative_algorithm not in OWN_DRAFT or sglang.speculative_draft_model_path is not None:
+        draft = " with a checkpoint of its own" if sglang.speculative_draft_model_path else ""
+        yield Found(f"{sglang.speculative_algorithm}{draft} on a CPU", "sglang.speculative_algorithm")
+    elif (sglang.speculative_eagle_topk or 1) > 1:
+        branches = f"{sglang.speculative_eagle_topk} branches on a CPU"
+        yield Found(branches, "sglang.speculative_eagle_topk")
 
 
 _INSTEAD = {

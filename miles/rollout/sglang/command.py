@@ -21,6 +21,8 @@ CPU_ARGS: Mapping[str, Any] = {
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
     "mem_fraction_static": 0.2,
+    # A scheduler that waits for requests in a busy loop takes a core from the trainer beside it.
+    "sleep_on_idle": True,
 }
 """What a server needs to run without CUDA; an explicit argument wins."""
 

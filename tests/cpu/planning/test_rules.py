@@ -673,6 +673,18 @@ CASES: dict[str, tuple[Case, Case]] = {
         Case("--rollout-backend sglang --sglang-host 0.0.0.0", facts=served("0.5.20")),
         Case("--rollout-backend sglang --sglang-attention-backend triton", facts=served("0.5.20")),
     ),
+    "SRV3": (
+        Case(
+            "--rollout-backend sglang --sglang-speculative-algorithm EAGLE --sglang-speculative-eagle-topk 2 "
+            "--mtp-num-layers 1 --enable-mtp-training",
+            facts=served("0.5.20"),
+        ),
+        Case(
+            "--rollout-backend sglang --sglang-speculative-algorithm EAGLE --mtp-num-layers 1 "
+            "--enable-mtp-training",
+            facts=served("0.5.20"),
+        ),
+    ),
     "CKP1": (
         scaled("--load runs/a/checkpoints/step-000020 --start-rollout-id 5"),
         scaled("--load runs/a/checkpoints/step-000020 --start-rollout-id 20"),

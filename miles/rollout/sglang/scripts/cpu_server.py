@@ -76,7 +76,17 @@ def _listen_on_loopback() -> None:
     rendezvous.TCPStore = loopback_store
 
 
+def _guess_ahead() -> None:
+    """A draft needs more than torch_native and its stubs; what is missing is computed in torch."""
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import cpu_speculation
+
+    cpu_speculation.install(sys.modules["sgl_kernel"])
+
+
 _stand_in_for_kernels()
+if "--speculative-algorithm" in sys.argv:
+    _guess_ahead()  # before SGLang is imported, whose modules take the names over
 _stand_in_for_cuda_runtime()
 _listen_on_loopback()
 

@@ -1,0 +1,68 @@
+"""SGLang servers and a Megatron trainer as Ray workers, and what the loss of the trainer means there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from e2e_support import Cli, summary_of
+from sglang_support import ATTACHED, TRAIN
+
+from miles.record import RunReader
+from miles.rollout.sglang.server import ServerProcess
+
+pytestmark = [pytest.mark.scale, pytest.mark.usefixtures("no_server_is_left")]
+
+FEW = ("--rollout-batch-size", "8", "--skip-eval-before-train", "--executor", "ray")
+
+
+def assert_whole(run: Path, steps: int) -> None:
+    """Every step has all of its samples once, drawn by the weights of the step before, with their routes."""
+    reader = RunReader(run)
+    for step in range(1, steps + 1):
+        samples = reader.samples(step)
+        assert len({sample["index"] for sample in samples}) == len(samples) == 8 * 8
+        assert {version for s in samples for version, _ in s["weight_versions"]} == {step - 1}
+    rows = [row.metrics for row in reader.rows() if row.step]
+    assert len(rows) == steps
+    assert all(row["route/replayed_rows_frac"] == 1.0 for row in rows)
+    assert all(row["train/train_rollout_logprob_abs_diff"] < 1e-5 for row in rows)
+
+
+def test_a_server_that_a_ray_worker_starts_samples_for_the_run(cli: Cli) -> None:
+    done = cli(*TRAIN, *FEW, "--num-rollout", "3", "--sample-records-per-step", "64", timeout=600)
+    assert done.returncode == 0, done.stderr
+    run = cli.only_run()
+    assert_whole(run, 3)
+    assert (run / "logs" / "server-0.log").stat().st_size > 0
+    assert len(RunReader(run).events("engine_gauges")) == 4
+
+
+def test_a_killed_megatron_trainer_resumes_by_itself_from_the_last_checkpoint(
+    cli: Cli, sglang_server: ServerProcess
+) -> None:
+    """Its successor loads the checkpoint and hands those weights to the server, which went on alone."""
+    size = ("--num-rollout", "6", "--save-interval", "2", "--sample-records-per-step", "64")
+    process = cli.start(
+        *TRAIN, *FEW, *size, "--train-backend", "megatron", *ATTACHED, sglang_server.url
+    )
+    cli.wait_until(lambda: last_step(cli) >= 3, process, timeout=400)
+    run = cli.only_run()
+    pid = json.loads((run / "heartbeat" / "trainer-0.json").read_text())["pid"]
+    os.kill(pid, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=400)
+    assert process.returncode == 0, stderr
+    assert "lost: trainer-0" in stderr and "restarted: trainer-0" in stderr
+    reader = RunReader(run)
+    assert [event["worker"] for event in reader.events("worker_dead")] == ["trainer-0"]
+    assert reader.attempt == 2 and reader.history.resumes[2] in (2, 4)
+    assert summary_of(run)["status"] == "finished" and summary_of(run)["steps"] == 6
+    assert_whole(run, 6)
+    assert sglang_server.ended is None
+
+
+def last_step(cli: Cli) -> int:
+    return max((RunReader(run).history.last_step or 0 for run in cli.runs.glob("*-*")), default=0)
