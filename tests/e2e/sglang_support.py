@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 
 import psutil
 
+from miles.data.sample import Sample, SampleStatus
+from miles.data.turns import Reading, continued
 from miles.planning.facts.server import ENVIRONMENT
+from miles.rollout.engine import GenerateOutput, GenerateRequest
 from miles.rollout.sglang.command import ServerOptions
 from miles.rollout.sglang.server import ServerProcess
 
@@ -37,6 +40,22 @@ def settle(scenario: Awaitable[T]) -> T:
         return await asyncio.wait_for(scenario, 900)
 
     return asyncio.run(bounded())
+
+
+def sample_of(index: int, request: GenerateRequest, output: GenerateOutput) -> Sample:
+    """What a trainer learns from: two samples a group, one of them rewarded."""
+    prompt = Sample(prompt="", tokens=list(request.input_ids), group_index=index // 2, index=index)
+    sample = continued(
+        prompt,
+        Reading(
+            token_ids=output.output_ids,
+            log_probs=output.log_probs,
+            routes=output.routed_experts,
+            weight_versions=output.weight_versions,
+        ),
+    )
+    sample.status, sample.reward = SampleStatus.TRUNCATED, float(index % 2)
+    return sample
 
 
 @contextmanager

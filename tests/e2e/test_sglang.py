@@ -22,13 +22,12 @@ import psutil
 import pytest
 import torch
 from e2e_support import Cli, summary_of
-from sglang_support import ATTACHED, CONTEXT, PYTHON, REPOSITORY, TRAIN, settle
+from sglang_support import ATTACHED, CONTEXT, PYTHON, REPOSITORY, TRAIN, sample_of, settle
 
 from miles.arch import ArchSpec, load_spec
 from miles.config.sglang_table import TABLE
 from miles.data.batch import pack
-from miles.data.sample import Sample, SampleStatus
-from miles.data.turns import Reading, continued
+from miles.data.sample import Sample
 from miles.models import mlp
 from miles.orchestration.disk_weights import DiskWeights
 from miles.planning.facts.server import ENVIRONMENT
@@ -232,7 +231,7 @@ def test_the_trainer_dispatches_to_the_experts_that_sglang_chose(
         await engine.receive_weights(moved(checkpoint, seed=1), version=1)
         asked = requests(4)
         outputs = await engine.generate(asked)
-        return [_sample(i, *pair) for i, pair in enumerate(zip(asked, outputs, strict=True))]
+        return [sample_of(i, *pair) for i, pair in enumerate(zip(asked, outputs, strict=True))]
 
     batch = pack(settle(sample()), None)
     trainer = NativeTrainer(spec, TrainerSettings(replay_routes=True, probe_tokens=0), source_dir=checkpoint)
@@ -242,21 +241,6 @@ def test_the_trainer_dispatches_to_the_experts_that_sglang_chose(
     assert metrics["route/replayed_rows_frac"] == 1.0
     routes = torch.stack(dispatched, 1).to(torch.int16).numpy()
     np.testing.assert_array_equal(routes[: len(batch.routes)], batch.routes)  # type: ignore[arg-type]
-
-
-def _sample(index: int, request: GenerateRequest, output: GenerateOutput) -> Sample:
-    prompt = Sample(prompt="", tokens=list(request.input_ids), group_index=index // 2, index=index)
-    sample = continued(
-        prompt,
-        Reading(
-            token_ids=output.output_ids,
-            log_probs=output.log_probs,
-            routes=output.routed_experts,
-            weight_versions=output.weight_versions,
-        ),
-    )
-    sample.status, sample.reward = SampleStatus.TRUNCATED, float(index % 2)
-    return sample
 
 
 def test_a_server_ends_with_the_process_that_started_it(checkpoint: Path, tmp_path: Path) -> None:

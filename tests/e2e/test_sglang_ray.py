@@ -46,9 +46,7 @@ def test_a_killed_megatron_trainer_resumes_by_itself_from_the_last_checkpoint(
 ) -> None:
     """Its successor loads the checkpoint and hands those weights to the server, which went on alone."""
     size = ("--num-rollout", "6", "--save-interval", "2", "--sample-records-per-step", "64")
-    process = cli.start(
-        *TRAIN, *FEW, *size, "--train-backend", "megatron", *ATTACHED, sglang_server.url
-    )
+    process = cli.start(*TRAIN, *FEW, *size, "--train-backend", "megatron", *ATTACHED, sglang_server.url)
     cli.wait_until(lambda: last_step(cli) >= 3, process, timeout=400)
     run = cli.only_run()
     pid = json.loads((run / "heartbeat" / "trainer-0.json").read_text())["pid"]

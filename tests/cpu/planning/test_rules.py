@@ -675,13 +675,13 @@ CASES: dict[str, tuple[Case, Case]] = {
     ),
     "SRV3": (
         Case(
-            "--rollout-backend sglang --sglang-speculative-algorithm EAGLE --sglang-speculative-eagle-topk 2 "
-            "--mtp-num-layers 1 --enable-mtp-training",
+            "--rollout-backend sglang --actor-num-gpus-per-node 0 --sglang-speculative-algorithm EAGLE "
+            "--sglang-speculative-eagle-topk 2 --mtp-num-layers 1 --enable-mtp-training",
             facts=served("0.5.20"),
         ),
         Case(
-            "--rollout-backend sglang --sglang-speculative-algorithm EAGLE --mtp-num-layers 1 "
-            "--enable-mtp-training",
+            "--rollout-backend sglang --actor-num-gpus-per-node 0 --sglang-speculative-algorithm EAGLE "
+            "--mtp-num-layers 1 --enable-mtp-training",
             facts=served("0.5.20"),
         ),
     ),
