@@ -174,12 +174,10 @@ def pack(samples: Sequence[Sample], reward_key: str | None = None) -> TrainBatch
     if not samples:
         raise DataError("no samples to pack", fix="look at the filter and drop counts of this step")
     validate_samples(samples)
-    for sample in samples:
-        if sample.num_rows < 1:
-            raise DataError(
-                "a sample of fewer than two tokens has no row to train", where=f"sample {sample.index}"
-            )
     num_rows = np.array([s.num_rows for s in samples])
+    if (num_rows < 1).any():
+        where = f"sample {samples[int(num_rows.argmin())].index}"
+        raise DataError("a sample of fewer than two tokens has no row to train", where=where)
     cu_seqlens = np.concatenate([[0], np.cumsum(num_rows)]).astype(np.int32)
     starts = cu_seqlens[:-1].astype(np.int64)
     positions = np.arange(cu_seqlens[-1]) - np.repeat(starts, num_rows)
@@ -242,13 +240,17 @@ class _Responses:
         """None when no sample has any."""
         if not any(s.weight_versions for s in self.samples):
             return None
+        rows = np.full(len(self.rows_T), -1, np.int64)
+        if all(len(s.weight_versions) == 1 for s in self.samples):
+            whole = [s.weight_versions[0][0] for s in self.samples]
+            return self._spread([np.repeat(whole, [s.response_length for s in self.samples])], rows)
         versions, counts = [], []
         for sample in self.samples:
             spans = sample.weight_versions or [(-1, 0)]
             ends = [*(first for _, first in spans[1:]), sample.response_length]
             versions += [version for version, _ in spans]
             counts += [end - first for end, (_, first) in zip(ends, spans, strict=True)]
-        return self._spread([np.repeat(versions, counts)], np.full(len(self.rows_T), -1, np.int64))
+        return self._spread([np.repeat(versions, counts)], rows)
 
     def _spread(self, parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
         rows[self.rows_T] = np.concatenate(parts)

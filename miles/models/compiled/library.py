@@ -60,7 +60,7 @@ class Library:
 
 def plain(*tensors: Tensor) -> bool:
     """Whether the functions can read these tensors: fp32 on the CPU."""
-    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+    return all(x.dtype == torch.float32 and x.is_cpu for x in tensors)
 
 
 def addresses(*tensors: Tensor | None) -> list[int | None]:

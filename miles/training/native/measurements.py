@@ -12,6 +12,7 @@ from torch import Tensor
 
 from miles.algorithms.mismatch import log_prob_gap
 from miles.arch.spec import ArchSpec
+from miles.data.batch import TrainBatch
 from miles.models.routing import expert_load
 from miles.models.routing_stats import PassRoutes, RoutingAgreement
 from miles.training.native.forward import ForwardOutput
@@ -34,6 +35,7 @@ class PassMeasurements:
     """Collects over the micro-batches of one pass with unchanged weights."""
 
     spec: ArchSpec
+    _seen_rows: list[np.ndarray] = field(default_factory=list)
     _train: list[Tensor] = field(default_factory=list)
     _rollout: list[Tensor] = field(default_factory=list)
     _flipped: list[Tensor] = field(default_factory=list)
@@ -47,6 +49,7 @@ class PassMeasurements:
         """Log-probs of one micro-batch under the trainer and, NaN where absent, under the engine (of the
         batch).
         """
+        self._seen_rows.append(micro_batch.trained_rows)
         self._train.append(output.log_probs_R.detach())
         self._rollout.append(micro_batch.trained_values(rollout_T))
         self._flipped.append(_flipped(micro_batch, output))
@@ -68,6 +71,27 @@ class PassMeasurements:
         self._agreement = agreement if self._agreement is None else self._agreement + agreement
         if replay:
             self._replayed_rows += agreement.rows
+
+    def of_sequences(self, batch: TrainBatch, sequences: np.ndarray) -> PassMeasurements | None:
+        """What a pass without replay over these sequences of `batch` would measure, where that is known:
+        None when a row flipped, when no routes were compared, or when a sequence was not in this pass. Where
+        the router would have sent every row to the recorded experts, replay changed nothing.
+        """
+        if self._agreement is None or self._agreement.any_flip or batch.routes is None:
+            return None
+        rows, sequence_T = np.concatenate(self._seen_rows), batch.sequence_ids
+        if not np.isin(sequences, sequence_T[rows]).all():
+            return None
+        chosen_T = np.isin(sequence_T, sequences)
+        inside = torch.from_numpy(chosen_T[rows])
+        recorded = int((batch.routes[chosen_T][:, 0, 0] >= 0).sum())
+        return PassMeasurements(
+            self.spec,
+            _train=[torch.cat(self._train).cpu()[inside]],
+            _rollout=[torch.cat(self._rollout).cpu()[inside]],
+            _flipped=[torch.cat(self._flipped).cpu()[inside]],
+            _agreement=RoutingAgreement(recorded, (0,) * len(self.spec.moe_layers), 0, 0, 0),
+        )
 
     def over(self, ranks: Ranks) -> PassMeasurements:
         """The measurements of all ranks as one pass, the same on each of them.

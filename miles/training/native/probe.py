@@ -20,17 +20,27 @@ NO_REPLAY = "_no_replay"
 
 @torch.no_grad()
 def gap_without_replay(
-    decoder: Decoder, batch: TrainBatch, settings: TrainerSettings, device: torch.device
+    decoder: Decoder,
+    batch: TrainBatch,
+    settings: TrainerSettings,
+    device: torch.device,
+    measured: PassMeasurements | None = None,
 ) -> dict[str, float]:
     """Gap and routing metrics with suffix `_no_replay`, on the batch's first sequences of the newest weights,
     up to `probe_tokens` rows.
 
     Empty when nothing is replayed (the ordinary gap then is the one without replay), when the engine
     reported no log-probs, or when `probe_tokens` is 0. At least one sequence is probed, however long.
+
+    `measured`: what a pass with replay over all of the batch measured under the same weights. Where it has
+    the answer no pass of the probe's own is made.
     """
     probed = probed_sequences(batch, settings)
     if probed is None:
         return {}
+    known = None if measured is None else measured.of_sequences(batch, probed)
+    if known is not None:
+        return known.gap_metrics(NO_REPLAY) | known.agreement_metrics(NO_REPLAY)
     share = may_share_prompts(decoder, settings, batch)
     micro_batch = make_micro_batch(batch, probed, device, share)
     if micro_batch.num_trained == 0:

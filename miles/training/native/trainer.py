@@ -91,6 +91,8 @@ class NativeTrainer(RolloutTrainer):
         self.optimizer = self._make_optimizer(self.decoder)
         self.draft = self._make_draft()
         self._rounding: RoundingWatch | None = None
+        self._unprobed: TrainBatch | None = None
+        self._probed: dict[str, float] = {}
         if settings.precision is not None:
             fake_quantise(settings.precision, self.decoder, self.draft)
             self._rounding = RoundingWatch(self.decoder)
@@ -204,10 +206,22 @@ class NativeTrainer(RolloutTrainer):
     def _before_updates(self, batch: TrainBatch) -> dict[str, float]:
         if self._rounding is not None:
             self._rounding.measure()
-        return gap_without_replay(self.decoder, batch, self.settings, self.device)
+        self._unprobed = batch
+        return {}
 
     def _after_updates(self) -> dict[str, float]:
-        return {} if self._rounding is None else self._rounding.metrics(self.ranks)
+        rounding = {} if self._rounding is None else self._rounding.metrics(self.ranks)
+        return self._probed | rounding
+
+    def _probe(self, seen: int, measurements: PassMeasurements | None) -> None:
+        """Measure what would be without replay, before the first update: by what its pass over `seen`
+        sequences measured, where that was the whole batch on this one rank.
+        """
+        whole, self._unprobed = self._unprobed, None
+        if whole is not None:
+            saw_all = seen == whole.num_sequences and self.ranks.size == 1
+            measured = measurements if saw_all else None
+            self._probed = gap_without_replay(self.decoder, whole, self.settings, self.device, measured)
 
     def _take_events(self) -> tuple[dict[str, Any], ...]:
         broken = None if self.gap_watch is None else self.gap_watch.take_event()
@@ -234,6 +248,7 @@ class NativeTrainer(RolloutTrainer):
             layout=self.layout,
             gap_watch=self.gap_watch,
             draft=self.draft_training,
+            before_update=lambda: self._probe(batch.num_sequences, measurements),
         )
         update, state = step.run(batch), self.state
         drafts = state.draft_updates

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,8 @@ class OptimizerStep:
     layout: TensorLayout
     gap_watch: GapWatch | None = None
     draft: DraftTraining | None = None
+    before_update: Callable[[], None] | None = None
+    """Called when all of the step was seen, and the weights are still those it was seen with."""
 
     def run(self, batch: TrainBatch) -> Update:
         """Train on all sequences of `batch`, each on one of the ranks.
@@ -80,6 +82,8 @@ class OptimizerStep:
         step = StepBatch.of(batch, self.settings.algorithm)
         draft_update = None if self.draft is None else self.draft.begin(batch, step.indices_N)
         sums = self._accumulate(step, draft_update)
+        if self.before_update is not None:
+            self.before_update()
         self._inject_fault()
         metrics = _read(sums | {"grad_norm": self.optimizer.global_norm()})
         metrics["train/lr"] = learning_rate(self.state.updates, self.state.knobs.lr, self.settings.schedule)

@@ -13,6 +13,7 @@ from miles.errors import DataError
 from miles.models import mlp
 from miles.models.attention import PackedAttention
 from miles.models.routing import Router
+from miles.training.native.probe import gap_without_replay
 from miles.training.settings import AlgorithmSettings, TrainerSettings
 
 ONE_STEP = TrainerSettings(probe_tokens=0)
@@ -172,10 +173,26 @@ def test_the_gap_of_flipped_tokens_is_theirs_alone(spec, make_trainer, make_batc
 
 
 def test_the_probe_is_bounded(spec, make_trainer, make_batch, dispatched) -> None:
-    batch = make_batch(spec)
+    batch = make_batch(spec, noise=0.05)
     dispatched.clear()
     make_trainer(spec, TrainerSettings(probe_tokens=20)).train_step(batch)
-    assert dispatched[0].shape[0] <= 20
+    assert len(dispatched) == 2 * len(spec.moe_layers)
+    assert dispatched[0].shape[0] > 20 >= dispatched[-1].shape[0]
+
+
+def test_where_no_row_flips_the_training_pass_knows_the_gap_without_replay(
+    spec, make_trainer, make_batch, dispatched
+) -> None:
+    batch, settings = make_batch(spec), TrainerSettings(probe_tokens=60)
+    apart = (batch.rollout_log_probs - 0.01 * batch.positions).astype(np.float32)
+    batch = batch.with_rows(rollout_log_probs=apart)
+    trainer = make_trainer(spec, settings)
+    own = gap_without_replay(trainer.decoder, batch, settings, trainer.device)
+    dispatched.clear()
+    metrics = trainer.train_step(batch).metrics
+    assert len(dispatched) == len(spec.moe_layers), "one pass"
+    assert own and {name: metrics[name] for name in own} == pytest.approx(own, abs=1e-6)
+    assert metrics["train/train_rollout_logprob_abs_diff_no_replay"] > 0
 
 
 def test_the_probe_takes_sequences_of_the_newest_weights(spec, make_trainer, make_batch) -> None:
