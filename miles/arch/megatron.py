@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from miles.arch.spec import ArchSpec, DenseMlpSpec, MoeSpec
 
-FAMILIES = ("glm4_moe", "llama", "minimax_m2", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("deepseek_v3", "glm4_moe", "llama", "minimax_m2", "qwen2", "qwen3", "qwen3_moe")
 """Those whose weights and logits were compared in Megatron's form."""
+
+LATENT_EPS = 1e-6
+"""Of the norms of latents, in every published model; Megatron has one epsilon for all norms."""
 
 
 def megatron_obstacle(spec: ArchSpec) -> str:
@@ -17,6 +20,11 @@ def megatron_obstacle(spec: ArchSpec) -> str:
     mlps = [layer.mlp for layer in spec.layers]
     if len({layer.attention for layer in spec.layers}) > 1:
         return "layers that differ in their attention"
+    latent = spec.layers[0].attention.latent
+    if latent is not None and spec.rms_norm_eps != LATENT_EPS:
+        return f"latents normed with another epsilon ({LATENT_EPS}) than the rest ({spec.rms_norm_eps})"
+    if latent is not None and latent.value_dim > latent.query_dim:
+        return "values wider than keys in latent attention"
     if len({mlp for mlp in mlps if isinstance(mlp, DenseMlpSpec)}) > 1:
         return "dense layers of different widths"
     return "" if spec.moe is None else _routing_obstacle(spec.moe)

@@ -6,17 +6,19 @@ layers rotate every row by its own angle and attend with the object that the nat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
-from miles.arch.spec import ArchSpec, LayerSpec
+from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, RopeSpec
 from miles.models.attention import Attention
 from miles.models.numerics import FAST
+from miles.models.rotary import angles
 from miles.models.segment_attention import SegmentAttention, pays_in_segments
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.native.micro_batches import MicroBatch
@@ -88,10 +90,30 @@ def local_attention(cu_seqlens: Tensor) -> Attention:
     return FAST.packed_attention(cu_seqlens)
 
 
+def rotation_angles(rope: RopeSpec, width: int, positions: Tensor) -> Tensor:
+    """fp32 [n, 1, 1, width] as Megatron's rotation takes them: the angles of both halves."""
+    table = angles(rope, width, int(positions.max()) + 1, positions.device)
+    rows = table.index_select(0, positions)
+    return torch.cat((rows, rows), -1)[:, None, None, :]
+
+
+def layer_angles(attention: AttentionSpec, rows: PackedRows) -> Tensor | None:
+    """What a layer rotates with; None where its attention has its own angles."""
+    assert rows.angles_at is not None
+    if attention.latent is not None:
+        return None
+    return rotation_angles(attention.rope, attention.rotary_width, rows.angles_at)
+
+
 class PackedDotProductAttention(DotProductAttention):
     """Causal attention within each sequence: query [T, H, d], key and value [T, G, d] of this rank's heads,
-    rotated -> [T, H d].
+    rotated -> [T, H d]. Values may be narrower than keys (latent attention): [T, H, v] -> [T, H v].
     """
+
+    def __init__(
+        self, *arguments: Any, k_channels: int | None = None, v_channels: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
 
     def forward(
         self,
@@ -107,4 +129,15 @@ class PackedDotProductAttention(DotProductAttention):
         assert attention_mask is None and attention_bias is None, "packed sequences need neither"
         layer = self.layer_number - 1
         spec = packed_seq_params.layers[layer].attention
-        return packed_seq_params.attention.attend(layer, query, key, value, spec)
+        if spec.latent is None:
+            return packed_seq_params.attention.attend(layer, query, key, value, spec)
+        spec, width = _by_head(spec), value.shape[-1]
+        value = F.pad(value, (0, spec.head_dim - width))
+        out = packed_seq_params.attention.attend(layer, query * spec.query_factor, key, value, spec)
+        return out.view(*query.shape[:2], -1)[..., :width].flatten(1)
+
+
+def _by_head(spec: AttentionSpec) -> AttentionSpec:
+    """Latent attention whose keys and values are made for each head, as attention over heads."""
+    assert spec.latent is not None
+    return replace(spec, num_kv_heads=spec.num_heads, head_dim=spec.latent.query_dim, latent=None)

@@ -96,6 +96,7 @@ def _patch_once() -> None:
     _random_states()
     _tensor_methods()
     _router()
+    _latent_attention()
     _split_sizes()
     _norms()
 
@@ -166,6 +167,14 @@ def _router() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def _latent_attention() -> None:
+    """It takes Transformer Engine for installed whenever the module that would import it exists."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.transformer import multi_latent_attention
+
+    multi_latent_attention.HAVE_TE = HAVE_TE
 
 
 def _split_sizes() -> None:

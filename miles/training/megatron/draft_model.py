@@ -24,10 +24,10 @@ from torch import Tensor
 from miles.arch.spec import ArchSpec
 from miles.errors import RunError
 from miles.models.unrolled_attention import UnrolledAttention
-from miles.training.megatron.attention import local_attention, packed_rows
+from miles.training.megatron.attention import layer_angles, local_attention, packed_rows
 from miles.training.megatron.head import whole_rows
 from miles.training.megatron.layout import MegatronLayout
-from miles.training.megatron.model import layer_specs, rotation_angles
+from miles.training.megatron.model import layer_specs
 from miles.training.megatron.routes import Deciding
 
 
@@ -119,11 +119,11 @@ class DraftModel(MegatronModule):
         if self._goes_on:
             rows.attention = attention
         spec = self.spec.mtp.layers[index].attention
-        assert rows.tokens_1T is not None and rows.angles_at is not None
+        assert rows.tokens_1T is not None
         output: Tensor = self.mtp.layers[index]._proj_and_transformer_layer(
             state,
             embedded(embedding_vD, rows.tokens_1T[0], self.layout),
-            rotary_pos_emb=rotation_angles(spec.rope, spec.rotary_width, rows.angles_at),
+            rotary_pos_emb=layer_angles(spec, rows),
             packed_seq_params=rows,
         )
         return output

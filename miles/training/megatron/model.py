@@ -14,9 +14,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
-from miles.arch.spec import ArchSpec, AttentionSpec, RopeSpec
-from miles.models.rotary import angles
-from miles.training.megatron.attention import PackedDotProductAttention, PackedRows
+from miles.arch.spec import ArchSpec, AttentionSpec
+from miles.training.megatron.attention import PackedDotProductAttention, PackedRows, layer_angles
+from miles.training.megatron.latent_attention import PackedLatentAttention
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.routes import RouteBook
 from miles.training.megatron.width_norm import WidthNorm
@@ -42,12 +42,10 @@ class PolicyModel(GPTModel):
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=rows.tokens_1T, position_ids=rows.positions_1T)
-        attention = self.spec.layers[0].attention
-        assert rows.angles_at is not None
         output: Tensor = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=rotation_angles(attention.rope, attention.rotary_width, rows.angles_at),
+            rotary_pos_emb=layer_angles(self.spec.layers[0].attention, rows),
             packed_seq_params=rows,
         )
         return output
@@ -62,13 +60,6 @@ class PolicyModel(GPTModel):
     @property
     def _tied(self) -> bool:
         return bool(self.share_embeddings_and_output_weights)
-
-
-def rotation_angles(rope: RopeSpec, width: int, positions: Tensor) -> Tensor:
-    """fp32 [n, 1, 1, width] as Megatron's rotation takes them: the angles of both halves."""
-    table = angles(rope, width, int(positions.max()) + 1, positions.device)
-    rows = table.index_select(0, positions)
-    return torch.cat((rows, rows), -1)[:, None, None, :]
 
 
 def build_chunks(
@@ -122,6 +113,8 @@ def layer_specs(
         attention = layer.submodules.self_attention.submodules
         if not engine:
             attention.core_attention = PackedDotProductAttention
+        if not engine and spec.layers[0].attention.latent is not None:
+            layer.submodules.self_attention.module = PackedLatentAttention
         if spec.layers[0].attention.output_bias:
             attention.linear_proj = BiasedRowParallelLinear
         _take_width_norms(attention, spec.layers[0].attention)

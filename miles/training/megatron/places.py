@@ -152,6 +152,8 @@ def _in_layer(
 ) -> Place:
     if local.startswith("mlp.") and local not in _NORMS:
         return _in_mlp(name, local, prefix, layer.mlp, parameter, shard, names)
+    if local.startswith("self_attention.") and layer.attention.latent is not None:
+        return _in_latent_attention(name, local, f"{prefix}.self_attn", parameter, shard)
     if local in _QK_NORMS and layer.attention.qk_norm_over == "width":
         # Heads are cut, and their weights with them.
         return Place(name, (_rows(f"{prefix}.{_QK_NORMS[local]}", parameter, shard.tp),), shard.writes_dense)
@@ -168,6 +170,36 @@ def _in_layer(
         return Place(name, (piece,), shard.writes_dense)
     assert local == "self_attention.linear_proj.bias", f"no place for {name}"
     return _replicated(name, f"{prefix}.self_attn.o_proj.bias", parameter, shard)
+
+
+_LATENT_ROWS = {
+    "linear_q_proj.weight": "q_proj.weight",
+    "linear_q_down_proj.weight": "q_a_proj.weight",
+    "linear_q_up_proj.weight": "q_b_proj.weight",
+    "linear_kv_down_proj.weight": "kv_a_proj_with_mqa.weight",
+    "linear_kv_up_proj.weight": "kv_b_proj.weight",
+}
+_LATENT_NORMS = {
+    "q_layernorm.weight": "q_a_layernorm.weight",
+    "linear_q_up_proj.layer_norm_weight": "q_a_layernorm.weight",
+    "kv_layernorm.weight": "kv_a_layernorm.weight",
+    "linear_kv_up_proj.layer_norm_weight": "kv_a_layernorm.weight",
+}
+"""Megatron's own layers and Transformer Engine's."""
+
+
+def _in_latent_attention(name: str, local: str, block: str, parameter: Tensor, shard: Shard) -> Place:
+    local = local.removeprefix("self_attention.")
+    if local in _LATENT_NORMS:
+        return _replicated(name, f"{block}.{_LATENT_NORMS[local]}", parameter, shard)
+    if local == "linear_proj.weight":
+        return Place(name, (_columns(f"{block}.o_proj.weight", parameter, shard.tp),), shard.writes_dense)
+    assert local in _LATENT_ROWS, f"no place for {name}"
+    theirs = f"{block}.{_LATENT_ROWS[local]}"
+    if not getattr(parameter, "tensor_model_parallel", False) and shard.tp_size > 1:
+        # Transformer Engine's down-projections are whole on every rank.
+        return _replicated(name, theirs, parameter, shard)
+    return Place(name, (_rows(theirs, parameter, shard.tp),), shard.writes_dense)
 
 
 def _in_mlp(

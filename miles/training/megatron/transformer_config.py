@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
-from miles.arch.spec import ArchSpec, DenseMlpSpec
+from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, YarnScaling
 from miles.training.megatron.core_config import engine_fields
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.settings import TrainerSettings
@@ -30,15 +30,15 @@ def transformer_config(
     with warnings.catch_warnings():
         # It deprecates a default of its own.
         warnings.simplefilter("ignore", UserWarning)
-        return TransformerConfig(
+        return (TransformerConfig if attention.latent is None else MLATransformerConfig)(
             num_layers=spec.num_layers,
             hidden_size=spec.hidden_size,
             num_attention_heads=attention.num_heads,
-            num_query_groups=attention.num_kv_heads,
-            kv_channels=attention.head_dim,
+            num_query_groups=attention.num_heads if attention.latent else attention.num_kv_heads,
+            kv_channels=attention.latent.query_dim if attention.latent else attention.head_dim,
             add_bias_linear=False,
             add_qkv_bias=attention.qkv_bias,
-            qk_layernorm=attention.qk_norm and attention.qk_norm_over == "head",
+            qk_layernorm=_norms_queries(attention),
             normalization="RMSNorm",
             layernorm_epsilon=spec.rms_norm_eps,
             gated_linear_unit=True,
@@ -71,6 +71,7 @@ def transformer_config(
             bias_dropout_fusion=False,
             mtp_num_layers=spec.mtp_num_layers or None,
             **_mlp(spec, layout),
+            **_latent(attention),
             **_recompute(spec, settings),
             **engine_fields(layout, spec.is_moe),
         )
@@ -78,6 +79,36 @@ def transformer_config(
 
 def _left_alone(weight: Tensor) -> Tensor:
     return weight
+
+
+def _norms_queries(attention: AttentionSpec) -> bool:
+    return attention.latent is not None or (attention.qk_norm and attention.qk_norm_over == "head")
+
+
+def _latent(attention: AttentionSpec) -> dict[str, Any]:
+    latent, scaling = attention.latent, attention.rope.scaling
+    if latent is None:
+        return {}
+    fields: dict[str, Any] = {
+        "q_lora_rank": latent.query_rank,
+        "kv_lora_rank": latent.kv_rank,
+        "qk_head_dim": latent.plain_dim,
+        "qk_pos_emb_head_dim": latent.rotated_dim,
+        "v_head_dim": latent.value_dim,
+        "rotary_base": attention.rope.theta,
+        "rope_type": "rope",
+    }
+    if isinstance(scaling, YarnScaling):
+        fields |= {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": scaling.factor,
+            "original_max_position_embeddings": scaling.original_positions,
+            "beta_fast": scaling.fast_turns,
+            "beta_slow": scaling.slow_turns,
+            "mscale": scaling.mscale,
+            "mscale_all_dim": scaling.mscale_all_dim,
+        }
+    return fields
 
 
 def _mlp(spec: ArchSpec, layout: MegatronLayout) -> dict[str, Any]:

@@ -50,6 +50,13 @@ def arch(**changes: Any) -> Change:
     return change
 
 
+def layers_of_two_kinds(facts: Facts) -> Facts:
+    assert facts.checkpoint.spec is not None
+    first, *others = facts.checkpoint.spec.layers
+    odd = replace(first, attention=replace(first.attention, qkv_bias=not first.attention.qkv_bias))
+    return arch(layers=(odd, *others))(facts)
+
+
 def prompts(**changes: Any) -> Change:
     def change(facts: Facts) -> Facts:
         assert facts.prompts is not None
@@ -444,7 +451,7 @@ CASES: dict[str, tuple[Case, Case]] = {
         scaled("--rollout-batch-size 4 --n-samples-per-prompt 2"),
     ),
     "LAY14": (
-        Case("--train-backend megatron --actor-num-gpus-per-node 0", facts=arch(family="gemma2")),
+        Case("--train-backend megatron --actor-num-gpus-per-node 0", facts=layers_of_two_kinds),
         Case("--train-backend megatron --actor-num-gpus-per-node 0"),
     ),
     "GPU1": (scaled(facts=on("8xH100")), scaled(facts=on("24xH100"))),

@@ -38,6 +38,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": {"architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "use_qk_norm": True}
     | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}
     | SHARED,
+    "deepseek_v3": {"architectures": ["DeepseekV3ForCausalLM"], "num_key_value_heads": 4, "q_lora_rank": 12}
+    | {"kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 6}
+    | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}
+    | SHARED,
     "minimax_m2": {"architectures": ["MiniMaxM2ForCausalLM"], "num_local_experts": 4, "rotary_dim": 4}
     | {"num_experts_per_tok": 2, "intermediate_size": 12},
 }

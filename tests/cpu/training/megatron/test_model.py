@@ -85,6 +85,29 @@ CASES |= {
         "num_key_value_heads": 2,
     },
 }
+LATENT = {"kv_lora_rank": 11, "qk_nope_head_dim": 7, "qk_rope_head_dim": 6, "v_head_dim": 5}
+CASES |= {
+    "deepseek v3, yarn": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_key_value_heads": 4,
+        "q_lora_rank": 14,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "beta_fast": 4.0, "beta_slow": 1.0}
+        | {"original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 0.9},
+    }
+    | LATENT
+    | SHARED,
+    "deepseek v3, queries at once": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "first_k_dense_replace": 0,
+    }
+    | LATENT
+    | SHARED,
+}
 LENGTHS = (7, 1, 40, 12)
 
 
