@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ from miles.rollout.engine import GenerateRequest, SamplingParams
 from miles.rollout.native.engine import EngineSettings, NativeEngine
 from miles.training.native.trainer import NativeTrainer
 from miles.training.settings import TrainerSettings
+from miles.weights.hf import read_hf
 from miles.weights.low_precision import as_stored
 
 GAP = "train/train_rollout_logprob_abs_diff"
@@ -69,14 +71,27 @@ def model() -> ArchSpec:
     )
 
 
-def gap(spec: ArchSpec, case: Case, dtype: str, numerics: Numerics, samples: int, tokens: int) -> float:
-    """Mean absolute difference in nats over everything that the engine sampled."""
+def gap(
+    spec: ArchSpec,
+    case: Case,
+    dtype: str,
+    numerics: Numerics,
+    prompts: list[list[int]],
+    tokens: int,
+    weights: Path | None = None,
+) -> float:
+    """Mean absolute difference in nats over everything that the engine sampled. `weights`: a checkpoint.
+    None: an untrained model.
+    """
     plain = NumberFormat(dtype)  # type: ignore[arg-type]
     policy = precision_policy(spec, dtype, case.rollout or plain, case.training)  # type: ignore[arg-type]
     told = None if case.training is None else policy
     settings = TrainerSettings(probe_tokens=0, precision=told)
     trainer = NativeTrainer(spec, settings, dtype=DTYPES[dtype], numerics=numerics)
-    trainer.init_weights(0)
+    if weights is None:
+        trainer.init_weights(0)
+    else:
+        trainer.load_weights(read_hf(weights))
     engine = NativeEngine(
         spec,
         EngineSettings(
@@ -90,11 +105,10 @@ def gap(spec: ArchSpec, case: Case, dtype: str, numerics: Numerics, samples: int
         ),
     )
     asyncio.run(engine.receive_weights(as_stored(trainer.named_weights(), policy), 1))
-    return trainer.log_probs(rollout(engine, samples, tokens)).metrics[GAP]
+    return trainer.log_probs(rollout(engine, prompts, tokens)).metrics[GAP]
 
 
-def rollout(engine: NativeEngine, samples: int, tokens: int) -> TrainBatch:
-    prompts = [[3 + i, 7, 11 + i, 5][: 2 + i % 3] for i in range(samples)]
+def rollout(engine: NativeEngine, prompts: list[list[int]], tokens: int) -> TrainBatch:
     requests = [
         GenerateRequest(
             input_ids=prompt, sampling=SamplingParams(max_new_tokens=tokens), sample_key=i, group=i
@@ -132,10 +146,11 @@ def measure(samples: int = 8, tokens: int = 48) -> dict[str, dict[str, float]]:
     """Gap by case and way."""
     torch.set_num_threads(1)
     spec = model()
+    prompts = [[3 + i, 7, 11 + i, 5][: 2 + i % 3] for i in range(samples)]
     rows: dict[str, dict[str, float]] = {case.told: {} for case in CASES}
     for title, dtype, numerics in ways(spec):
         for case in CASES:
-            rows[case.told][title] = gap(spec, case, dtype, numerics, samples, tokens)
+            rows[case.told][title] = gap(spec, case, dtype, numerics, prompts, tokens)
     return rows
 
 

@@ -147,7 +147,8 @@ class ChunkAttention:
             stop = min(start + CHUNK_QUERIES, self._stop)
             queries = q[start - self._start : stop - self._start].transpose(0, 1)
             first = first_seen(spec, start)
-            keys, values = (x[layer, slot, :, first:stop] for x in (cache.keys, cache.values))
+            held = (x[layer, slot, :, first:stop] for x in (cache.keys, cache.values))
+            keys, values = (x.to(q.dtype) for x in held)
             positions = torch.arange(first, stop, device=q.device)
             mask = seen(spec, positions[start - first :, None], positions)
             out = attend_visible(queries[None], keys[None], values[None], mask[None, None], spec)
@@ -195,8 +196,8 @@ class CachedAttention:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         cache, n = self._cache, self.num_sequences
         cache.write(layer, self._rows, k, v)
-        keys = cache.keys[layer, :n, :, : self.num_keys].flatten(0, 1)
-        values = cache.values[layer, :n, :, : self.num_keys].flatten(0, 1)
+        keys = cache.keys[layer, :n, :, : self.num_keys].flatten(0, 1).to(q.dtype)
+        values = cache.values[layer, :n, :, : self.num_keys].flatten(0, 1).to(q.dtype)
         queries = (q * spec.head_dim**-0.5).view(n * spec.num_kv_heads, -1, spec.head_dim)
         scores = softcapped(torch.bmm(queries, keys.transpose(1, 2)), spec.softcap)
         scores.view(n, spec.num_heads, self.num_keys).add_(self._mask(spec))

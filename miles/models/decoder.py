@@ -77,7 +77,9 @@ class AttentionBlock(Projections):
             q = (q * rotation[:, None, None]).to(q.dtype)
         if spec.query_factor != 1.0:
             q = q * spec.query_factor
-        return self.project("o", run(attention.attend, layer, q, k, v, spec), self.o_bias)
+        q, k, v = (numerics.attention_input(part) for part in (q, k, v))
+        attended = run(attention.attend, layer, q, k, v, spec).to(x.dtype)
+        return self.project("o", attended, self.o_bias)
 
     def _normed(self, qk: Tensor, q_norm: Tensor, k_norm: Tensor | None) -> Tensor:
         """Queries and keys [T, H + Hkv, d] under their norms; without keys of its own [T, H, d]."""

@@ -57,9 +57,10 @@ class KVCache:
 
     def write(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys, values [T, Hkv, d] at `rows` (see `rows`)."""
-        self._key_rows[layer].index_copy_(0, rows, keys.reshape(-1, self.head_dim))
+        dtype = self.keys.dtype
+        self._key_rows[layer].index_copy_(0, rows, keys.reshape(-1, self.head_dim).to(dtype))
         if self.values is not self.keys:
-            self._value_rows[layer].index_copy_(0, rows, values.reshape(-1, self.head_dim))
+            self._value_rows[layer].index_copy_(0, rows, values.reshape(-1, self.head_dim).to(dtype))
 
     def move_rows(self, sources: Tensor, destinations: Tensor) -> None:
         """Copy rows (see `rows`) of every layer; all are read before the first is written."""

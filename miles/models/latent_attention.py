@@ -72,7 +72,8 @@ class LatentAttentionBlock(Projections):
         keys = torch.cat((kv_latent, rotated[:, -1:]), -1)
         run = again if "core_attn" in self.recompute_modules else once
         if self.indexer is None:
-            out = run(attention.attend, layer, q, keys, keys, spec)
+            q, keys = numerics.attention_input(q), numerics.attention_input(keys)
+            out = run(attention.attend, layer, q, keys, keys, spec).to(x.dtype)
         else:
             if not isinstance(attention, SparseAttention):
                 raise RunError(f"{type(attention).__name__} does not carry sparse attention by an indexer")

@@ -105,6 +105,11 @@ class Numerics(Protocol):
         """See `attention.ChunkAttention`."""
         ...
 
+    def attention_input(self, heads: Tensor) -> Tensor:
+        """Queries, keys or values [T, H, d] in the type in which attention computes; its output is rounded to
+        the type that they had."""
+        ...
+
     def cache_length(self, positions: int) -> int:
         """Positions a cache slot must have to hold `positions` of them."""
         ...
@@ -117,6 +122,11 @@ class FastNumerics:
 
     def chosen(self) -> dict[str, str]:
         return {}
+
+    def attention_input(self, heads: Tensor) -> Tensor:
+        # torch's CPU kernels round scores and probabilities to the type of the heads, each at another place:
+        # every second number would differ between a step of decode and a forward.
+        return heads.float() if heads.device.type == "cpu" else heads
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
         return norm.rms_norm(x, weight, eps, plus_one)
@@ -199,6 +209,9 @@ class ExactNumerics:
         rows, plural = self.min_queries, "s" if self.min_queries > 1 else ""
         told["attention"] = f"fp32, at least {rows} query row{plural}, keys in blocks of {KEY_BLOCK}"
         return told
+
+    def attention_input(self, heads: Tensor) -> Tensor:
+        return heads
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
         return norm.rms_norm(x, weight, eps, plus_one)

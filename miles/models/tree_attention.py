@@ -126,8 +126,8 @@ class TreeAttention:
         grid = q.new_zeros(n * width, spec.num_heads, spec.head_dim)
         grid.index_copy_(0, self._nodes.cells, q * spec.head_dim**-0.5)
         queries = grid.view(n, width, spec.num_heads, spec.head_dim).transpose(1, 2)
-        keys = self._cache.keys[layer, :n, :, : self.num_keys].flatten(0, 1)
-        values = self._cache.values[layer, :n, :, : self.num_keys].flatten(0, 1)
+        keys = self._cache.keys[layer, :n, :, : self.num_keys].flatten(0, 1).to(q.dtype)
+        values = self._cache.values[layer, :n, :, : self.num_keys].flatten(0, 1).to(q.dtype)
         return queries.reshape(n * spec.num_kv_heads, -1, spec.head_dim), keys, values
 
     def _flatten(self, out: Tensor, spec: AttentionSpec) -> Tensor:

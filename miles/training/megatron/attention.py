@@ -129,11 +129,18 @@ class PackedDotProductAttention(DotProductAttention):
         assert attention_mask is None and attention_bias is None, "packed sequences need neither"
         layer = self.layer_number - 1
         spec = packed_seq_params.layers[layer].attention
+        dtype = query.dtype
+        query, key, value = (FAST.attention_input(part) for part in (query, key, value))
+        return self._attended(packed_seq_params.attention, layer, query, key, value, spec).to(dtype)
+
+    def _attended(
+        self, attention: Attention, layer: int, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec
+    ) -> Tensor:
         if spec.latent is None:
-            return packed_seq_params.attention.attend(layer, query, key, value, spec)
+            return attention.attend(layer, query, key, value, spec)
         spec, width = _by_head(spec), value.shape[-1]
         value = F.pad(value, (0, spec.head_dim - width))
-        out = packed_seq_params.attention.attend(layer, query * spec.query_factor, key, value, spec)
+        out = attention.attend(layer, query * spec.query_factor, key, value, spec)
         return out.view(*query.shape[:2], -1)[..., :width].flatten(1)
 
 

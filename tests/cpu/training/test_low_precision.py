@@ -142,6 +142,12 @@ def test_fp8_on_both_sides_leaves_a_tenth_of_the_gap_and_a_wrong_scale_brings_it
     assert wrong >= 10 * both
 
 
+def test_in_bf16_steps_of_decode_and_long_segments_leave_a_tenth_of_the_gap_as_well() -> None:
+    """A bf16 number that differs by its last bit falls into another step of FP8 every now and then."""
+    mixed, both = (Pair(training, FP8, torch.bfloat16).gap(6, 36) for training in (BF16, FP8))
+    assert both <= mixed / 10
+
+
 def test_int4_on_both_sides_leaves_no_gap_beyond_the_order_of_sums() -> None:
     int4 = FORMATS["int4"]
     assert Pair(int4, int4).gap() < 2e-6 < 1e-3 < Pair(FP32, int4).gap()
