@@ -16,6 +16,7 @@ from miles.planning.trainer_memory import (
     logits,
     optimizer_bytes,
     rank_weights,
+    rounded_weights,
     routes,
     state_parts,
     training_activations,
@@ -102,7 +103,8 @@ def _log_probs(model: ModelShape, layout: Layout, work: Workload, stage: int) ->
 
 def _training(model: ModelShape, layout: Layout, work: Workload, stage: int) -> list[MemoryPart]:
     state = state_parts(rank_weights(model, layout, stage), layout, work.numerics)
-    parts = [*state, training_activations(model, layout, work.numerics, stage, work.train_tokens)]
+    parts = [*state, *rounded_weights(model, layout, work.numerics, stage)]
+    parts.append(training_activations(model, layout, work.numerics, stage, work.train_tokens))
     return [*parts, *_per_token(model, layout, work, stage, work.train_tokens, backward=True)]
 
 
@@ -139,7 +141,8 @@ def _sync(model: ModelShape, layout: Layout, work: Workload, stage: int) -> list
     parts.append(_process("trainer process"))
     if work.colocate and work.engine is not None:
         parts.append(_process("engine process"))
-        parts += work.engine.parts(work.max_context_len)[: 1 if work.offload_rollout else None]
+        engine = work.engine
+        parts += engine.weight_parts() if work.offload_rollout else engine.parts(work.max_context_len)
     return parts
 
 

@@ -21,6 +21,7 @@ from miles.planning.nearest import nearest_layout
 from miles.planning.phases import PhaseMemory, Workload, host_parts, plan_phases
 from miles.planning.placement import Placement, plan_placement
 from miles.planning.precision import fp8_scales
+from miles.planning.speculation import drafting_layers
 from miles.planning.trainer_memory import TrainerNumerics
 
 STATIC_FRACTION = 0.8
@@ -185,6 +186,7 @@ def _engine(request: ScaleRequest, placement: Placement) -> EnginePlan | None:
     kind, sglang = request.hardware.kind, request.config.sglang.server_args()
     if kind is None or placement.rollout_gpus < placement.gpus_per_engine:
         return None
+    draft = drafting_layers(request.config, request.spec)
     return plan_engine(
         request.model,
         gpus=placement.gpus_per_engine,
@@ -194,6 +196,8 @@ def _engine(request: ScaleRequest, placement: Placement) -> EnginePlan | None:
         plain=request.dtype,
         int4_group_size=request.config.precision.int4_group_size,
         kv_bytes=KV_BYTES.get(str(sglang.get("kv_cache_dtype")), 2),
+        draft_layers=len(draft.layers) if draft else 0,
+        draft_parameters=draft.num_parameters(request.spec.hidden_size) if draft else 0,
     )
 
 
@@ -227,6 +231,7 @@ def _numerics(config: RunConfig, dtype: Format) -> TrainerNumerics:
     return TrainerNumerics(
         dtype=dtype,
         fp8=precision.fp8_format is not None,
+        int4_qat=precision.int4_qat,
         fp8_param_gather=precision.fp8_param_gather,
         fp32_gradients=training.accumulate_allreduce_grads_in_fp32,
         distributed_optimizer=config.parallel.use_distributed_optimizer,

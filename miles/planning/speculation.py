@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from miles.arch import ArchSpec, MtpSpec, with_mtp
 from miles.config import RunConfig
 from miles.config.sections.sglang import SglangSection
 
@@ -53,6 +54,14 @@ def mtp_layers(config: RunConfig, saved: int) -> int:
         return asked
     drafts = engine.speculative_algorithm in OWN_DRAFT and engine.speculative_draft_model_path is None
     return saved if drafts else 0
+
+
+def drafting_layers(config: RunConfig, spec: ArchSpec) -> MtpSpec | None:
+    """The MTP layers that an engine drafts with; None for another draft, or none."""
+    plan = plan_speculation(config.sglang)
+    if plan is None or plan.algorithm not in OWN_DRAFT or plan.draft_model_path is not None:
+        return None
+    return with_mtp(spec, mtp_layers(config, spec.mtp_num_layers)).mtp
 
 
 def mtp_training_steps(config: RunConfig) -> int:

@@ -32,7 +32,7 @@ from miles.planning.scale import (
     plan_scale,
 )
 from miles.planning.server_args import plan_server_args
-from miles.planning.speculation import OWN_DRAFT, SpeculationPlan, mtp_layers, plan_speculation
+from miles.planning.speculation import SpeculationPlan, drafting_layers, mtp_layers, plan_speculation
 from miles.planning.stored_bytes import StoredBytes, stored_bytes
 from miles.planning.threads import ThreadPlan, plan_threads
 from miles.planning.train_kernel import plan_train_kernel
@@ -341,11 +341,9 @@ class Subject:
     def _draft_numbers(self) -> int:
         """What the cache of the model's own draft holds of a token. A draft with a checkpoint of its own,
         whose size is not known here, is not counted."""
-        plan = self.speculation
-        own = plan is not None and plan.algorithm in OWN_DRAFT and plan.draft_model_path is None
-        if not own or self.spec is None:
+        if self.spec is None or self.speculation is None:
             return 0
-        used = with_mtp(self.spec, mtp_layers(self.config, self.spec.mtp_num_layers)).mtp
+        used = drafting_layers(self.config, self.spec)
         return 0 if used is None else sum(layer.attention.cache_width for layer in used.layers)
 
     @property

@@ -6,6 +6,7 @@ with a flash kernel, and top-k experts with balanced routing. An estimate: each 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,7 @@ class TrainerNumerics:
 
     dtype: Format
     fp8: bool = False
+    int4_qat: bool = False
     fp8_param_gather: bool = False
     fp32_gradients: bool = True
     distributed_optimizer: bool = True
@@ -83,6 +85,26 @@ def state_parts(weights: RankWeights, layout: Layout, numerics: TrainerNumerics)
     parts.append(MemoryPart("gradients", n * gradient, f"{n:,} × {gradient} B"))
     parts.append(_optimizer(weights, layout, numerics))
     return parts
+
+
+def rounded_weights(
+    model: ModelShape, layout: Layout, numerics: TrainerNumerics, stage: int
+) -> Iterator[MemoryPart]:
+    """What INT4 QAT makes of the weights in forward, kept for backward by every micro-batch in flight; where
+    layers are recomputed, one group of them at a time.
+    """
+    if not numerics.int4_qat:
+        return
+    weights, width = rank_weights(model, layout, stage), PLAIN_BYTES[numerics.dtype]
+    count = weights.experts if model.experts else weights.quantised
+    copies, how = layout.pp - stage, "kept for backward"
+    if numerics.recompute == "full":
+        layers = layout.stages(model.num_layers)[stage]
+        at_once = min(numerics.recompute_num_layers, layers)
+        count, copies, how = count * at_once // layers, 1, f"of {at_once} recomputed layers"
+    flying = f" × {copies} micro-batches in flight" if copies > 1 else ""
+    told = f"{count:,} fake-quantised weights × {width} B{flying}, {how}"
+    yield MemoryPart("rounded weights", count * width * copies, told)
 
 
 def _optimizer(weights: RankWeights, layout: Layout, numerics: TrainerNumerics) -> MemoryPart:

@@ -18,6 +18,7 @@ from miles.planning.trainer_memory import (
     TrainerNumerics,
     logits,
     rank_weights,
+    rounded_weights,
     state_parts,
     training_activations,
 )
@@ -129,6 +130,36 @@ def test_kv_cache_is_what_the_static_share_leaves() -> None:
     assert plan.cache_bytes == int(H100 * 0.6) - plan.weight_bytes
     assert engine(kv_bytes=1).kv_token_bytes == plan.kv_token_bytes // 2
     assert engine(gpus=2).kv_token_bytes == 2 * plan.kv_token_bytes
+
+
+def test_a_draft_of_mtp_layers_takes_its_part_of_the_static_share() -> None:
+    plain, plan = engine(), engine(draft_layers=2, draft_parameters=MOE.total // 10)
+    assert plan.draft_bytes == pytest.approx(plain.weight_bytes / 10, rel=1e-6)
+    assert plan.draft_token_bytes == 2 * plain.kv_token_bytes // 48
+    assert plan.cache_tokens == plan.cache_bytes // (plain.kv_token_bytes * 50 // 48)
+    parts = by_name(plan.parts(10_000))
+    assert list(parts) == ["engine weights", "draft weights", "KV cache", "draft cache"]
+    assert sum(parts.values()) == plan.static_bytes
+    assert parts["draft cache"] == plan.cache_tokens * plan.draft_token_bytes
+
+
+def test_int4_qat_keeps_the_rounded_experts_of_every_micro_batch_in_flight() -> None:
+    layout = Layout(world=4, pp=4)
+    qat = replace(BF16, int4_qat=True)
+    experts = [rank_weights(MOE, layout, stage).experts for stage in range(4)]
+
+    def rounded(numerics: TrainerNumerics, stage: int) -> int:
+        return sum(part.bytes for part in rounded_weights(MOE, layout, numerics, stage))
+
+    assert [rounded(qat, stage) for stage in range(4)] == [experts[i] * 2 * (4 - i) for i in range(4)]
+    again = replace(qat, recompute="full", recompute_num_layers=3)
+    assert rounded(again, 0) == experts[0] * 3 // 12 * 2, "12 layers a stage, three at a time"
+    assert rounded(BF16, 0) == 0
+    assert SMALL.experts == 0
+    (dense,) = rounded_weights(SMALL, Layout(world=1), qat, 0)
+    assert dense.bytes == SMALL.linear * 2
+    training = next(p for p in plan_phases(MOE, LAYOUT, work(numerics=qat)) if p.name == "training")
+    assert "rounded weights" in by_name(training.parts)
 
 
 def test_weights_that_exceed_the_static_share_leave_no_cache() -> None:
