@@ -95,6 +95,7 @@ def _megatron(
         device=job.plan.device,
         source_dir=job.source.directory,
         parallel=parallel,
+        dist_checkpoints=job.resolved.config.checkpoint.ckpt_format == "torch_dist",
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import PositiveInt
 
 from miles.config.sections.base import Section
@@ -21,6 +23,10 @@ class CheckpointSection(Section):
 
     no_save_optim: bool = False
     """Leave optimizer state out; such a checkpoint cannot be resumed."""
+
+    ckpt_format: Literal["published", "torch_dist"] = "published"
+    """Form of what is saved: under published names, for any layout and trainer, written by the first rank; or
+    as Megatron's distributed checkpoint, for any of its layouts, written by every rank."""
 
     async_save: bool = False
     """Write while training goes on."""

@@ -42,11 +42,19 @@ def hf_to_torch_dist(source: Path, target: Path) -> int:
     spec = load_spec(source)
     with staged_directory(target) as stage:
         count = _write(stage, spec, read_hf(source), TORCH_DTYPES[spec.dtype])
-        config = to_hf_config(spec) | read_json(source / "config.json")
-        config = with_mtp_depth(config, spec.mtp_num_layers) | {"torch_dtype": HF_DTYPE_NAMES[spec.dtype]}
-        (stage / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        copy_companions(source, stage)
+        write_description(stage, spec, TORCH_DTYPES[spec.dtype], source)
     return count
+
+
+def write_description(directory: Path, spec: ArchSpec, dtype: torch.dtype, source_dir: Path | None) -> None:
+    """config.json and the tokenizer, beside weights in `dtype`."""
+    stored = next(name for name, form in TORCH_DTYPES.items() if form == dtype)
+    config = to_hf_config(spec)
+    if source_dir is not None:
+        config |= read_json(source_dir / "config.json")
+        copy_companions(source_dir, directory)
+    config = with_mtp_depth(config, spec.mtp_num_layers) | {"torch_dtype": HF_DTYPE_NAMES[stored]}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def torch_dist_to_hf(source: Path, target: Path, config_dir: Path | None = None) -> int:
@@ -94,7 +102,7 @@ def _sharded(modules: list[Any]) -> dict[str, Any]:
     return state
 
 
-def _dist_checkpointing() -> Any:
+def dist_checkpointing() -> Any:
     """megatron-core's module, whose parts are imported late and must find a machine without CUDA too."""
     module = importlib.import_module("megatron.core.dist_checkpointing")
     for part in ("torch", "filesystem_async", "async_utils", "common"):
@@ -106,17 +114,17 @@ def _dist_checkpointing() -> Any:
 def _write(directory: Path, spec: ArchSpec, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> int:
     modules, named = _model(spec, dtype)
     named.load(tensors, where="the source")
-    dist_checkpointing = _dist_checkpointing()
-    dist_checkpointing.save(_sharded(modules), str(directory), ("torch_dist", VERSION))
+    checkpointing = dist_checkpointing()
+    checkpointing.save(_sharded(modules), str(directory), ("torch_dist", VERSION))
     return len(named.names)
 
 
 def _read(directory: Path, spec: ArchSpec, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     modules, named = _model(spec, dtype)
-    dist_checkpointing = _dist_checkpointing()
+    checkpointing = dist_checkpointing()
     try:
-        state = dist_checkpointing.load(_sharded(modules), str(directory))
-    except (dist_checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
+        state = checkpointing.load(_sharded(modules), str(directory))
+    except (checkpointing.core.CheckpointingException, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"the checkpoint cannot be read as {spec.architecture}: {error}",
             where=str(directory),

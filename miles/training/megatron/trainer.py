@@ -58,6 +58,7 @@ class MegatronTrainer(RolloutTrainer):
     Args:
         layout: how the model is cut over the ranks; what is left over is data-parallel.
         device: where the model lives; with `parallel` it is that of the rank.
+        dist_checkpoints: save in Megatron's own form (`dist_checkpoint`), not under published names.
         parallel: this process's place in the world of trainer processes; None trains alone.
         dtype: fp32 or bf16; optimizer state is fp32 in any case.
         source_dir: the HF checkpoint whose config.json and tokenizer go along with saved weights.
@@ -72,10 +73,12 @@ class MegatronTrainer(RolloutTrainer):
         device: torch.device | str = "cpu",
         source_dir: Path | None = None,
         parallel: DataParallel | None = None,
+        dist_checkpoints: bool = False,
     ) -> None:
         settings.validate()
         require_expressible(spec)
         self.spec, self.settings, self.dtype, self.source_dir = spec, settings, dtype, source_dir
+        self._dist_checkpoints = dist_checkpoints
         self.layout = layout or MegatronLayout()
         self.device = torch.device(device) if parallel is None else parallel.device
         open_groups(self.layout, spec.num_layers)
@@ -180,8 +183,16 @@ class MegatronTrainer(RolloutTrainer):
         """Write weights, optimizer moments, counters and knobs into an existing directory.
 
         The first rank writes, and is the one that raises when the disk refuses. What was written can be
-        loaded in any layout, and by the native trainer.
+        loaded in any layout, and by the native trainer. In Megatron's own form every rank writes, into the
+        same directory; without `optimizer`, only published names are.
         """
+        if self._dist_checkpoints and optimizer:
+            from miles.training.megatron.dist_checkpoint import save_dist_checkpoint
+
+            save_dist_checkpoint(
+                directory, self._on_disk, self._chunks.bare, self._draft, self.state, self.source_dir
+            )
+            return
         from miles.training.megatron.checkpoint import save_checkpoint
 
         save_checkpoint(directory, self._on_disk, self.state, self.source_dir, with_optimizer=optimizer)
@@ -189,8 +200,12 @@ class MegatronTrainer(RolloutTrainer):
     def load(self, directory: Path) -> None:
         """Restore what any trainer's `save` wrote, but for knobs that the configuration has changed since."""
         from miles.training.megatron.checkpoint import load_checkpoint
+        from miles.training.megatron.dist_checkpoint import DIST_DIR, load_dist_checkpoint
 
-        state = load_checkpoint(directory, self._on_disk, self._policy_tensors)
+        if (directory / DIST_DIR).is_dir():
+            state = load_dist_checkpoint(directory, self._on_disk, self._chunks.bare, self._draft)
+        else:
+            state = load_checkpoint(directory, self._on_disk, self._policy_tensors)
         self.state = state.under(Knobs.from_settings(self.settings))
 
     def _update(self, batch: TrainBatch, measurements: PassMeasurements | None) -> Update:

@@ -41,8 +41,9 @@ def make(
     settings: TrainerSettings,
     layout: MegatronLayout,
     load: Path | None = None,
+    dist_checkpoints: bool = False,
 ) -> MegatronTrainer:
-    trainer = MegatronTrainer(spec, settings, layout, parallel=parallel)
+    trainer = MegatronTrainer(spec, settings, layout, parallel=parallel, dist_checkpoints=dist_checkpoints)
     if load is None:
         trainer.init_weights(0)
     else:
@@ -73,10 +74,10 @@ def train(
 
 
 def held(parallel: DataParallel, **how: Any) -> tuple[Weights, Weights]:
-    """Weights and first moments as they lie after loading."""
+    """Weights and second moments as they lie after loading."""
     trainer = make(parallel, **how)
     saved = trainer._on_disk
-    moments = saved.trained.published(torch.float32, saved.optimizer_state()["exp_avg"], everywhere=True)
+    moments = saved.trained.published(torch.float32, saved.optimizer_state()["exp_avg_sq"], everywhere=True)
     return weights(trainer), {name: tensor.clone() for name, tensor in moments}
 
 

@@ -64,9 +64,13 @@ def test_two_processes_equal_one(layout: str, outcomes: dict[str, Any]) -> None:
         assert torch.isfinite(tensor).all()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[False, True], ids=["published names", "torch_dist"])
 def resumed(
-    world: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, mtp_spec: ArchSpec, make_batches: Any
+    world: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    mtp_spec: ArchSpec,
+    make_batches: Any,
+    request: pytest.FixtureRequest,
 ) -> dict[str, Any]:
     """A run under TP2 that saved after two steps, its next two, and those of other layouts from there."""
     root = tmp_path_factory.mktemp("resumed")
@@ -77,7 +81,9 @@ def resumed(
     cases: dict[str, Any] = {
         "whole": (
             "train",
-            how | {"layout": first, "batches": batches[:2], "then": batches[2:], "save": saved},
+            how
+            | {"layout": first, "batches": batches[:2], "then": batches[2:], "save": saved}
+            | {"dist_checkpoints": request.param},
         )
     }
     for name, layout in LAYOUTS.items():
