@@ -230,6 +230,14 @@ class HfConfig:
             self.problem(f"{found} = {value!r} is not {wanted}")
 
 
+def around_text(text: Mapping[str, Any], outer: tuple[str, ...], model_type: str) -> dict[str, Any]:
+    """The config.json of a model with a language model inside: `text` under `text_config`, but for the keys
+    that stand outside. `model_type`: of the language model alone.
+    """
+    inner = {key: value for key, value in text.items() if key not in ("architectures", *DTYPE_KEYS)}
+    return {key: text[key] for key in outer} | {"text_config": inner | {"model_type": model_type}}
+
+
 def rope_scaling(rope: RopeSpec) -> dict[str, Any] | None:
     """The `rope_scaling` of a config.json."""
     scaling = rope.scaling

@@ -10,14 +10,13 @@ from typing import Any
 
 from miles.arch.families.llama_like import common_hf_config, make_spec
 from miles.arch.families.moe_like import (
-    MTP_AFTER_LAYERS,
     first_dense_layers,
     moe_layer_tensors,
-    published_tensors,
     read_sigmoid_moe,
     sigmoid_moe_config,
+    sigmoid_moe_family,
 )
-from miles.arch.family import Family, Shape
+from miles.arch.family import Shape
 from miles.arch.hf_config import YARN, HfConfig
 from miles.arch.spec import ArchSpec, AttentionSpec, LatentSpec, YarnScaling
 
@@ -112,13 +111,6 @@ def _to_hf_config(spec: ArchSpec) -> dict[str, Any]:
 
 layer_tensors = moe_layer_tensors(attention=latent_attention_tensors)
 
-FAMILY = Family(
-    name="deepseek_v3",
-    architectures=("DeepseekV3ForCausalLM",),
-    from_hf_config=_from_hf_config,
-    to_hf_config=_to_hf_config,
-    published_tensors=published_tensors(layer_tensors),
-    layer_tensors=layer_tensors,
-    mtp_names=MTP_AFTER_LAYERS,
-    shared_mtp_projection=False,
+FAMILY = sigmoid_moe_family(
+    "deepseek_v3", "DeepseekV3ForCausalLM", _from_hf_config, _to_hf_config, layer_tensors
 )

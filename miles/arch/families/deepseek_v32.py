@@ -12,13 +12,11 @@ from typing import Any
 from miles.arch.families.deepseek_v3 import latent_attention_config, layer_tensors, read_latent_attention
 from miles.arch.families.llama_like import make_spec
 from miles.arch.families.moe_like import (
-    MTP_AFTER_LAYERS,
     first_dense_layers,
-    published_tensors,
     read_sigmoid_moe,
     sigmoid_moe_config,
+    sigmoid_moe_family,
 )
-from miles.arch.family import Family
 from miles.arch.hf_config import HfConfig
 from miles.arch.spec import ArchSpec, AttentionSpec, IndexerSpec
 
@@ -61,13 +59,6 @@ def _to_hf_config(spec: ArchSpec) -> dict[str, Any]:
     )
 
 
-FAMILY = Family(
-    name="deepseek_v32",
-    architectures=("DeepseekV32ForCausalLM",),
-    from_hf_config=_from_hf_config,
-    to_hf_config=_to_hf_config,
-    published_tensors=published_tensors(layer_tensors),
-    layer_tensors=layer_tensors,
-    mtp_names=MTP_AFTER_LAYERS,
-    shared_mtp_projection=False,
+FAMILY = sigmoid_moe_family(
+    "deepseek_v32", "DeepseekV32ForCausalLM", _from_hf_config, _to_hf_config, layer_tensors
 )

@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from miles.arch.families import gemma_like
-from miles.arch.families.gemma_like import FULL, WINDOWED, gemma_hf_config, layer_kinds, read_layers
-from miles.arch.families.llama_like import MTP_NAMES, make_spec
-from miles.arch.family import Family
+from miles.arch.families.gemma_like import (
+    FULL,
+    WINDOWED,
+    gemma_family,
+    gemma_hf_config,
+    layer_kinds,
+    read_layers,
+)
+from miles.arch.families.llama_like import make_spec
 from miles.arch.hf_config import HfConfig, rope_scaling
 from miles.arch.spec import ArchSpec
 
@@ -31,14 +37,4 @@ def _to_hf_config(spec: ArchSpec) -> dict[str, Any]:
     return gemma_hf_config(spec) | {"rope_theta": rope.theta, "rope_scaling": rope_scaling(rope)}
 
 
-FAMILY = Family(
-    name="gemma2",
-    architectures=("Gemma2ForCausalLM",),
-    from_hf_config=_from_hf_config,
-    to_hf_config=_to_hf_config,
-    published_tensors=gemma_like.published_tensors,
-    layer_tensors=gemma_like.layer_tensors,
-    mtp_names=MTP_NAMES,
-    shared_mtp_projection=True,
-    takes_mtp=False,
-)
+FAMILY = gemma_family("gemma2", "Gemma2ForCausalLM", _from_hf_config, _to_hf_config)

@@ -9,10 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from miles.arch.families import gemma_like
-from miles.arch.families.gemma_like import FULL, WINDOWED, gemma_hf_config, layer_kinds, read_layers
-from miles.arch.families.llama_like import MTP_NAMES, make_spec
-from miles.arch.family import Family
-from miles.arch.hf_config import DTYPE_KEYS, HfConfig, rope_scaling
+from miles.arch.families.gemma_like import (
+    FULL,
+    WINDOWED,
+    gemma_family,
+    gemma_hf_config,
+    layer_kinds,
+    read_layers,
+)
+from miles.arch.families.llama_like import make_spec
+from miles.arch.hf_config import HfConfig, around_text, rope_scaling
 from miles.arch.spec import ArchSpec, RopeSpec
 
 _DEFAULTS = gemma_like.DEFAULTS | {
@@ -75,32 +81,9 @@ def write_ropes(spec: ArchSpec) -> dict[str, Any]:
 
 
 def _write_whole(spec: ArchSpec) -> dict[str, Any]:
-    text = _write_text(spec)
-    outer = {key: text[key] for key in _OUTER}
-    inner = {key: value for key, value in text.items() if key not in ("architectures", *DTYPE_KEYS)}
-    return outer | {"text_config": inner | {"model_type": TEXT.name}}
+    return around_text(_write_text(spec), _OUTER, TEXT.name)
 
 
-TEXT = Family(
-    name="gemma3_text",
-    architectures=("Gemma3ForCausalLM",),
-    from_hf_config=_read_text,
-    to_hf_config=_write_text,
-    published_tensors=gemma_like.published_tensors,
-    layer_tensors=gemma_like.layer_tensors,
-    mtp_names=MTP_NAMES,
-    shared_mtp_projection=True,
-    takes_mtp=False,
-)
-WHOLE = Family(
-    name="gemma3",
-    architectures=("Gemma3ForConditionalGeneration",),
-    from_hf_config=_read_whole,
-    to_hf_config=_write_whole,
-    published_tensors=gemma_like.published_tensors,
-    layer_tensors=gemma_like.layer_tensors,
-    mtp_names=MTP_NAMES,
-    shared_mtp_projection=True,
-    takes_mtp=False,
-)
+TEXT = gemma_family("gemma3_text", "Gemma3ForCausalLM", _read_text, _write_text)
+WHOLE = gemma_family("gemma3", "Gemma3ForConditionalGeneration", _read_whole, _write_whole)
 FAMILIES = (TEXT, WHOLE)

@@ -15,9 +15,9 @@ from typing import Any
 from miles.arch.families import gemma_like
 from miles.arch.families.gemma3 import read_ropes, write_ropes
 from miles.arch.families.gemma_like import gemma_hf_config, layer_kinds, read_layers
-from miles.arch.families.llama_like import MTP_NAMES, make_spec
+from miles.arch.families.llama_like import make_spec
 from miles.arch.family import Family, Shape
-from miles.arch.hf_config import DTYPE_KEYS, HfConfig
+from miles.arch.hf_config import HfConfig, around_text
 from miles.arch.spec import ArchSpec, DenseMlpSpec, StreamsSpec
 
 STREAM_LAYER: Mapping[str, str] = {
@@ -156,9 +156,7 @@ def _write_text(spec: ArchSpec) -> dict[str, Any]:
 
 
 def _write_whole(spec: ArchSpec) -> dict[str, Any]:
-    text = _write_text(spec)
-    inner = {key: value for key, value in text.items() if key not in ("architectures", *DTYPE_KEYS)}
-    return {key: text[key] for key in _OUTER} | {"text_config": inner | {"model_type": TEXT.name}}
+    return around_text(_write_text(spec), _OUTER, TEXT.name)
 
 
 def _published_tensors(spec: ArchSpec) -> Iterator[tuple[str, Shape]]:
@@ -187,16 +185,9 @@ def _published_tensors(spec: ArchSpec) -> Iterator[tuple[str, Shape]]:
             yield f"{root}.layers.{index}.{theirs}", of_layer.get(ours, (hidden,))
 
 
-TEXT = Family(
-    name="gemma3n_text",
-    architectures=("Gemma3nForCausalLM",),
-    from_hf_config=_read_text,
-    to_hf_config=_write_text,
+TEXT = replace(
+    gemma_like.gemma_family("gemma3n_text", "Gemma3nForCausalLM", _read_text, _write_text),
     published_tensors=_published_tensors,
-    layer_tensors=gemma_like.layer_tensors,
-    mtp_names=MTP_NAMES,
-    shared_mtp_projection=True,
-    takes_mtp=False,
 )
 WHOLE = replace(
     TEXT,

@@ -4,17 +4,18 @@ tied embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from miles.arch.families.llama_like import (
+    MTP_NAMES,
     attention_tensors,
     dense_hf_config,
     embedding_tensors,
     swiglu_tensors,
 )
-from miles.arch.family import Shape
+from miles.arch.family import Family, Shape
 from miles.arch.hf_config import HfConfig
 from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, RopeSpec
 
@@ -132,3 +133,23 @@ def published_tensors(spec: ArchSpec) -> Iterator[tuple[str, Shape]]:
     yield from embedding_tensors(spec)
     for index, layer in enumerate(spec.layers):
         yield from layer_tensors(f"{spec.root}.layers.{index}", layer, spec.hidden_size)
+
+
+def gemma_family(
+    name: str,
+    architecture: str,
+    read: Callable[[HfConfig], ArchSpec],
+    write: Callable[[ArchSpec], dict[str, Any]],
+) -> Family:
+    """A row for `FAMILIES`; its config.json is what differs."""
+    return Family(
+        name=name,
+        architectures=(architecture,),
+        from_hf_config=read,
+        to_hf_config=write,
+        published_tensors=published_tensors,
+        layer_tensors=layer_tensors,
+        mtp_names=MTP_NAMES,
+        shared_mtp_projection=True,
+        takes_mtp=False,
+    )

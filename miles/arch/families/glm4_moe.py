@@ -8,14 +8,12 @@ from typing import Any
 
 from miles.arch.families.llama_like import common_hf_config, make_spec, read_attention
 from miles.arch.families.moe_like import (
-    MTP_AFTER_LAYERS,
     first_dense_layers,
     moe_layer_tensors,
-    published_tensors,
     read_sigmoid_moe,
     sigmoid_moe_config,
+    sigmoid_moe_family,
 )
-from miles.arch.family import Family
 from miles.arch.hf_config import PARTIAL_ROTARY, HfConfig
 from miles.arch.spec import ArchSpec
 
@@ -49,15 +47,6 @@ def _to_hf_config(spec: ArchSpec) -> dict[str, Any]:
     )
 
 
-_layer_tensors = moe_layer_tensors()
-
-FAMILY = Family(
-    name="glm4_moe",
-    architectures=("Glm4MoeForCausalLM",),
-    from_hf_config=_from_hf_config,
-    to_hf_config=_to_hf_config,
-    published_tensors=published_tensors(_layer_tensors),
-    layer_tensors=_layer_tensors,
-    mtp_names=MTP_AFTER_LAYERS,
-    shared_mtp_projection=False,
+FAMILY = sigmoid_moe_family(
+    "glm4_moe", "Glm4MoeForCausalLM", _from_hf_config, _to_hf_config, moe_layer_tensors()
 )

@@ -14,7 +14,7 @@ from typing import Any
 from miles.arch.families.llama_like import MTP_NAMES, common_hf_config, make_spec, read_attention
 from miles.arch.families.moe_like import check_experts, moe_layer_tensors, published_tensors
 from miles.arch.family import Family, MoeNames
-from miles.arch.hf_config import DTYPE_KEYS, HfConfig
+from miles.arch.hf_config import HfConfig, around_text
 from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, MoeSpec, QueryTemperature
 
 NAMES = MoeNames(
@@ -157,9 +157,7 @@ def _write_text(spec: ArchSpec) -> dict[str, Any]:
 
 
 def _write_whole(spec: ArchSpec) -> dict[str, Any]:
-    text = _write_text(spec)
-    inner = {key: value for key, value in text.items() if key not in ("architectures", *DTYPE_KEYS)}
-    return {key: text[key] for key in _OUTER} | {"text_config": inner | {"model_type": TEXT.name}}
+    return around_text(_write_text(spec), _OUTER, TEXT.name)
 
 
 _layer_tensors = moe_layer_tensors(NAMES)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from miles.arch.families.llama_like import attention_tensors, embedding_tensors, swiglu_tensors
-from miles.arch.family import MOE_NAMES, MoeNames, MtpNames, Shape
+from miles.arch.family import MOE_NAMES, Family, MoeNames, MtpNames, Shape
 from miles.arch.hf_config import HfConfig
 from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, MoeSpec
 
@@ -139,3 +140,23 @@ def published_tensors(
             yield from layer_tensors(f"{spec.root}.layers.{index}", layer, spec.hidden_size)
 
     return tensors
+
+
+def sigmoid_moe_family(
+    name: str,
+    architecture: str,
+    read: Callable[[HfConfig], ArchSpec],
+    write: Callable[[ArchSpec], dict[str, Any]],
+    layer_tensors: LayerTensors,
+) -> Family:
+    """A row for `FAMILIES` of those whose MTP layers stand behind the decoder's."""
+    return Family(
+        name=name,
+        architectures=(architecture,),
+        from_hf_config=read,
+        to_hf_config=write,
+        published_tensors=published_tensors(layer_tensors),
+        layer_tensors=layer_tensors,
+        mtp_names=MTP_AFTER_LAYERS,
+        shared_mtp_projection=False,
+    )
