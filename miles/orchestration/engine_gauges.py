@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from miles.orchestration.engine_pool import EnginePool
+from miles.orchestration.sglang_servers import WEIGHT_BYTES
 from miles.orchestration.weight_sync import WeightSync
 from miles.record import RecordWriter
 
@@ -19,14 +20,15 @@ KEPT = (
     "spec_accept_length",
     "spec_accept_rate",
     "token_usage",
+    WEIGHT_BYTES,
 )
-"""Of some sixty gauges and counters; names are SGLang's."""
+"""Of some sixty gauges and counters; names are SGLang's, but for the last one."""
 
 
 class GaugedWeights:
     """A weight sync before which every server's gauges are read: they tell of the rollout that ended.
 
-    A server without `--enable-metrics` has none, and is left out.
+    A server without `--enable-metrics` tells only what it was sent.
     """
 
     def __init__(self, sync: WeightSync, pool: EnginePool, record: RecordWriter) -> None:

@@ -120,7 +120,8 @@ def _end(family: list[psutil.Process]) -> None:
 def _reserve(ray: Any, workers: WorkersPlan) -> Any:
     """One bundle per worker. Raises: Unavailable with the arithmetic when there is no room."""
     heavy = [{"CPU": workers.threads}] * (workers.trainers + workers.engines)
-    group = ray.util.placement_group(heavy + [{"CPU": 1}] * workers.reward_workers, strategy="PACK")
+    bundles = heavy + [{"CPU": 1}] * workers.reward_workers
+    group = ray.util.placement_group(bundles, strategy=workers.strategy)
     if group.wait(PLACEMENT_SECONDS):
         return group
     total, free = ray.cluster_resources(), ray.available_resources()

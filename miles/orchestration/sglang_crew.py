@@ -60,6 +60,7 @@ class SglangCrew:
                 self._health.cancel()
             for server in self._servers:
                 server.kill()
+            await asyncio.gather(*(server.leave() for server in self._servers))
 
     @property
     def sync(self) -> PacketWeights:
@@ -113,8 +114,11 @@ def make_server(job: Job, spec: ArchSpec, name: str, rank: int, address: str | N
     process = None if address is not None else _start(job, name, rank)
     http = HttpClient(address if process is None else process.url)  # type: ignore[arg-type]
     engine = SglangEngine(http, spec, assemble.sglang_settings(job.resolved.config, job.plan))
-    speculative = job.resolved.config.sglang.speculative_algorithm is not None
-    return ServedEngine(name, engine, process, speculative)
+    config = job.resolved.config
+    speculative = config.sglang.speculative_algorithm is not None
+    sync = config.weight_sync
+    broadcast_on = job.plan.device if sync.update_weight_transfer_mode == "broadcast" else None
+    return ServedEngine(name, engine, process, speculative, broadcast_on, sync.update_weight_delta)
 
 
 def _start(job: Job, name: str, rank: int) -> ServerProcess:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+from torch import Tensor
+
 from miles.errors import MilesError
+from miles.orchestration.weight_group import WeightGroup
 from miles.orchestration.weight_packets import Manifest, Weights, unpack, verify
 from miles.orchestration.worker_loss import WorkerLost
 from miles.rollout.engine import EngineHealth, GenerateRequest
@@ -24,6 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from miles.orchestration.engine_pool import Answer
+
+WEIGHT_BYTES = "weight_bytes_sent"
+"""Gauge of our own: bytes of the last update of the weights."""
 
 START_S = 1800.0
 """Seconds a server has until it answers: a large checkpoint takes minutes to read."""
@@ -41,6 +50,16 @@ class TensorPacket:
     manifest: Manifest
     weights: Weights
 
+    @cached_property
+    def digests(self) -> dict[str, bytes]:
+        """128 bits over the bytes of every tensor: what is equal need not travel again."""
+        return {
+            name: blake2b(
+                np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, digest_size=16
+            ).digest()
+            for name, (_, array) in self.weights.items()
+        }
+
 
 @dataclass(frozen=True)
 class DiskPacket:
@@ -53,14 +72,25 @@ class DiskPacket:
 class ServedEngine:
     """One server behind `engine_pool.RemoteEngine`: losses of it as WorkerLost, weights checked and loaded.
 
-    `process`: the server, where this process started it.
+    `process`: the server, where this process started it. `broadcast_on`: the device from which weights are
+    broadcast to it; None: they go over HTTP. `delta`: what it was given last does not travel again.
     """
 
     def __init__(
-        self, name: str, engine: SglangEngine, process: ServerProcess | None, speculative: bool
+        self,
+        name: str,
+        engine: SglangEngine,
+        process: ServerProcess | None,
+        speculative: bool = False,
+        broadcast_on: str | None = None,
+        delta: bool = False,
     ) -> None:
         self.name, self.engine, self.process = name, engine, process
-        self._speculative = speculative
+        self._speculative, self._broadcast_on = speculative, broadcast_on
+        self._group: WeightGroup | None = None
+        self._delta = delta
+        self._given: dict[str, bytes] = {}
+        """What it holds, under `delta`; nothing is known of it before its first weights, and after a loss."""
         self._probed = False
 
     async def ready(self) -> None:
@@ -110,21 +140,47 @@ class ServedEngine:
         else:
             version = packet.manifest.version
             verify(packet.manifest, packet.weights)
-            await self._asked(self.engine.receive_weights(unpack(packet.weights), version))
+            await self._asked(self._receive(packet))
         if not self._probed:
             await self._asked(probe(self.engine, version, self._speculative))
             self._probed = True
+
+    async def _receive(self, packet: TensorPacket) -> None:
+        given, self._given = self._given, {}
+        changed = packet.weights
+        if self._delta:
+            changed = {
+                name: packet.weights[name] for name, d in packet.digests.items() if given.get(name) != d
+            }
+        await self._transfer(unpack(changed), packet.manifest.version)
+        if self._delta:
+            self._given = packet.digests
+
+    async def _transfer(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        if self._broadcast_on is None:
+            await self.engine.receive_weights(weights, version)
+            return
+        if self._group is None:
+            ranks = self.engine.settings.tensor_parallel_size
+            self._group = await WeightGroup.joined(self.engine.control, ranks, self._broadcast_on)
+        await self.engine.receive_broadcast(weights, version, self._group)
 
     async def health(self) -> EngineHealth:
         return await self._asked(self.engine.check())
 
     async def metrics(self) -> dict[str, float]:
         (gauges,) = await self._asked(self.engine.measurements())
-        return gauges
+        return gauges | {WEIGHT_BYTES: float(self.engine.sent_bytes)}
 
     async def checksum(self) -> str:
         """One number over the weights that the server holds."""
         return await self._asked(self.engine.control.checksum())
+
+    async def leave(self) -> None:
+        """Let go of a server that others started; it goes on."""
+        if self.process is None and self._group is not None:
+            with suppress(MilesError):
+                await self.engine.control.leave_group(self._group.name)
 
     def kill(self) -> None:
         if self.process is not None:

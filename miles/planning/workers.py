@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from miles.config import RunConfig
 
@@ -15,6 +16,8 @@ class WorkersPlan:
     engines: int
     reward_workers: int
     threads: int
+    strategy: Literal["PACK", "SPREAD"] = "PACK"
+    """On as few nodes as hold them, or on as many as there are."""
 
     @property
     def cpus(self) -> int:
@@ -46,8 +49,8 @@ def trainer_ranks(config: RunConfig) -> int:
 
 def plan_workers(config: RunConfig, threads: int) -> WorkersPlan:
     """Trainer ranks, engines and reward workers as set; only the first where nothing is sampled."""
-    ranks = trainer_ranks(config)
+    ranks, strategy = trainer_ranks(config), config.cluster.placement_strategy
     if config.algorithm.loss_type == "sft_loss":
-        return WorkersPlan(ranks, 0, 0, threads)
+        return WorkersPlan(ranks, 0, 0, threads, strategy)
     engines = len(config.rollout.rollout_external_engine_addrs) or config.engine.num_engines
-    return WorkersPlan(ranks, engines, config.reward.num_reward_workers, threads)
+    return WorkersPlan(ranks, engines, config.reward.num_reward_workers, threads, strategy)

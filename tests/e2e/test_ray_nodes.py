@@ -158,12 +158,12 @@ def workers_among(run: Path, pids: set[int]) -> set[str]:
 
 
 def test_a_run_over_two_nodes_survives_the_loss_of_one(cli: Cli, nodes: Nodes, uninterrupted: Path) -> None:
-    """It is the local run; without its second node it waits for another, and goes on."""
-    process = cli.start("train", *SMALL, "--address", nodes.url)
+    """It is the local run, its trainer and engine on two nodes; without the second it waits for another."""
+    process = cli.start("train", *SMALL, "--address", nodes.url, "--placement-strategy", "SPREAD")
     cli.wait_until(lambda: last_step(cli) >= 3, process)
     run = cli.only_run()
     there = workers_among(run, nodes.remove_last())
-    assert there
+    assert len(there & {"trainer-0", "engine-0"}) == 1
     lost = RunReader(run)
 
     def told() -> bool:

@@ -30,6 +30,9 @@ from miles.data.batch import pack
 from miles.data.sample import Sample
 from miles.models import mlp
 from miles.orchestration.disk_weights import DiskWeights
+from miles.orchestration.sglang_servers import ServedEngine, TensorPacket
+from miles.orchestration.weight_group import WeightGroup
+from miles.orchestration.weight_packets import pack as pack_weights
 from miles.planning.facts.server import ENVIRONMENT
 from miles.record import RunReader
 from miles.rollout.engine import GenerateOutput, GenerateRequest, SamplingParams
@@ -171,9 +174,40 @@ def test_every_way_to_hand_weights_over_gives_the_same_weights(
         packet = await disk.weights(9)
         await engine.receive_checkpoint(packet.directory, packet.version)
         assert await engine.control.checksum() == whole
+        group = await WeightGroup.joined(engine.control, 1, "cpu")
+        await engine.receive_broadcast(moved(checkpoint, seed=3), 10, group)
+        assert await engine.control.checksum() == other
+        in_buckets = SglangEngine(engine.http, spec, replace(engine.settings, bucket_bytes=20_000))
+        await in_buckets.receive_broadcast(moved(checkpoint, seed=2), 11, group)
+        assert await engine.control.checksum() == whole
         assert len({before, whole, other}) == 3
-        assert await engine.control.weight_version() == 9
-        await probe(engine, version=9)
+        assert await engine.control.weight_version() == 11
+        await probe(in_buckets, version=11)
+
+    settle(scenario())
+
+
+def test_only_tensors_that_changed_are_sent_again(engine: SglangEngine, checkpoint: Path) -> None:
+    """The server holds the same weights as after a whole update, and their bytes are counted."""
+    first, second = moved(checkpoint, seed=2), moved(checkpoint, seed=2)
+    changed = next(i for i, (name, _) in enumerate(second) if name.endswith("q_proj.weight"))
+    second[changed] = (second[changed][0], second[changed][1] + 0.1)
+    served = ServedEngine("engine-0", engine, None, delta=True)
+
+    async def sent(weights: list[tuple[str, torch.Tensor]], version: int) -> tuple[float, str]:
+        await served.load(TensorPacket(*pack_weights(weights, version)))
+        return (await served.metrics())["weight_bytes_sent"], await served.checksum()
+
+    async def scenario() -> None:
+        whole, before = await sent(first, 1)
+        assert await sent(first, 2) == (0, before)
+        some, after = await sent(second, 3)
+        assert some == second[changed][1].numel() * 4 < whole
+        await engine.receive_weights(first, version=4)
+        assert await served.checksum() == before != after
+        await engine.receive_weights(second, version=5)
+        assert await served.checksum() == after
+        assert await engine.control.weight_version() == 5
 
     settle(scenario())
 
@@ -340,10 +374,13 @@ def _sampling(cli: Cli, step: int) -> bool:
     return any(phase.name == "rollout" and phase.step == step and phase.seconds is None for phase in phases)
 
 
-def test_weights_reach_a_run_s_server_through_a_directory(cli: Cli, server: ServerProcess) -> None:
+@pytest.mark.parametrize("transport", ["disk", "broadcast"])
+def test_weights_reach_a_run_s_server_on_other_ways_than_http(
+    cli: Cli, server: ServerProcess, transport: str
+) -> None:
     small = ("--num-rollout", "2", "--rollout-batch-size", "4", "--skip-eval-before-train")
-    disk = ("--update-weight-transfer-mode", "disk", "--check-weight-update-equal")
-    done = cli(*TRAIN, *small, *disk, *ATTACHED, server.url, timeout=300)
+    mode = ("--update-weight-transfer-mode", transport, "--check-weight-update-equal")
+    done = cli(*TRAIN, *small, *mode, *ATTACHED, server.url, timeout=300)
     assert done.returncode == 0, done.stderr
     run = cli.only_run()
     assert summary_of(run)["steps"] == 2

@@ -18,6 +18,10 @@ class ClusterSection(Section):
     ray_dashboard_port: Port = 8265
     """Port of the cluster's job server."""
 
+    placement_strategy: Literal["PACK", "SPREAD"] = "PACK"
+    """How Ray lays trainers, engines and reward workers on nodes: on as few as hold them, or on as many as
+    there are."""
+
     actor_num_nodes: PositiveInt = 1
     """Nodes that train the policy."""
 

@@ -16,11 +16,15 @@ class WeightSyncSection(Section):
     """Rollouts between two updates."""
 
     update_weight_transfer_mode: Literal["tensor", "broadcast", "disk"] | None = None
-    """Transport between processes: to each server over HTTP (`tensor`), to all at once, or through a
-    directory; default: shared memory under `colocate`, SGLang servers on a CPU `tensor`, else broadcast."""
+    """Transport between processes: to each server over HTTP (`tensor`), through a process group of trainer
+    and server (`broadcast`: gloo, NCCL), or a directory (`disk`); default: shared memory under `colocate`,
+    SGLang servers on a CPU `tensor`, else broadcast."""
 
     update_weight_buffer_size: PositiveInt = 512 * 1024**2
     """Bytes per bucket."""
+
+    update_weight_delta: bool = False
+    """Send a server only the tensors that differ from those it was given last (`tensor`, `broadcast`)."""
 
     update_weight_disk_dir: str | None = None
     """Directory that trainer and engines share (`disk`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from miles.planning.findings import Found, Severity
 from miles.planning.rules.rule import rule
@@ -44,6 +45,42 @@ def owned_argument(subject: Subject) -> Iterator[Found]:
 
 
 @rule(
+    "SRV5",
+    Severity.ERROR,
+    title="a checkpoint on disk is whole",
+    cause="a server reads every tensor of a checkpoint, so leaving some out saves nothing",
+    fix="--update-weight-transfer-mode tensor, or leave --update-weight-delta out",
+)
+def delta_on_disk(subject: Subject) -> Iterator[Found]:
+    sync = subject.config.weight_sync
+    if sync.update_weight_delta and sync.update_weight_transfer_mode == "disk":
+        yield Found("update_weight_delta with disk", "weight_sync.update_weight_delta")
+
+
+@rule(
+    "SRV4",
+    Severity.ERROR,
+    title="weights that a broadcast does not bring there",
+    cause="SGLang hands what is broadcast to the policy alone, and its draft keeps its weights; the group of "
+    "trainer and server is formed on loopback",
+    fix="--update-weight-transfer-mode tensor",
+)
+def broadcast_does_not_reach(subject: Subject) -> Iterator[Found]:
+    config, setting = subject.config, "weight_sync.update_weight_transfer_mode"
+    if config.rollout.backend != "sglang" or config.weight_sync.update_weight_transfer_mode != "broadcast":
+        return
+    if config.sglang.speculative_algorithm in OWN_DRAFT:
+        yield Found(f"broadcast with {config.sglang.speculative_algorithm}", setting)
+    elsewhere = [
+        address
+        for address in config.rollout.rollout_external_engine_addrs
+        if urlsplit(address).hostname not in ("127.0.0.1", "localhost")
+    ]
+    if elsewhere:
+        yield Found(f"broadcast to {elsewhere[0]}", setting)
+
+
+@rule(
     "SRV3",
     Severity.ERROR,
     title="guesses that a server without CUDA cannot verify",
@@ -61,6 +98,10 @@ def guesses_without_cuda(subject: Subject) -> Iterator[Found]:
     elif (sglang.speculative_eagle_topk or 1) > 1:
         branches = f"{sglang.speculative_eagle_topk} branches on a CPU"
         yield Found(branches, "sglang.speculative_eagle_topk")
+    if subject.config.rollout.rollout_top_p < 1 or subject.config.rollout.rollout_top_k > 0:
+        yield Found(
+            "a cut vocabulary, and guesses on a CPU", "rollout.rollout_top_p", "leave top-p and top-k out"
+        )
 
 
 _INSTEAD = {

@@ -6,9 +6,10 @@ weights is wrapped in a session from 0.5.22 on, and pausing had no mode before 0
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import asyncio
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ from miles.rollout.sglang.contract import read_version
 from miles.rollout.sglang.http import ConnectionLost, HttpClient, Response
 from miles.rollout.sglang.weight_payload import buckets, encode
 
+T = TypeVar("T")
 PauseMode = Literal["abort", "retract", "in_place"]
 MemoryTag = Literal["kv_cache", "weights", "cuda_graph"]
 
@@ -29,6 +31,16 @@ MISSING = 404
 
 class UpdateFailed(RunError):
     """New weights did not arrive whole: the server must not serve until it has weights of one version."""
+
+
+class Broadcaster(Protocol):
+    """The trainer's side of a process group with one server."""
+
+    @property
+    def name(self) -> str: ...
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Broadcast them, in their order; returns when the server has them all."""
 
 
 class Control:
@@ -90,8 +102,57 @@ class Control:
             await self._update("/end_weight_update", {}, version)
         return sent
 
-    async def update_from_disk(self, checkpoint: Path, version: int, flush: bool) -> None:
-        """Replace weights by those of a checkpoint that the server can read. Raises: UpdateFailed."""
+    async def join_group(self, host: str, port: int, size: int, name: str, backend: str) -> None:
+        """Join a process group whose rank 0 waits at this address; returns when all have come."""
+        body = {
+            "master_address": host,
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": size,
+            "group_name": name,
+            "backend": backend,
+        }
+        await self._command("/init_weights_update_group", body)
+
+    async def leave_group(self, name: str) -> None:
+        """Leave a group that `join_group` formed."""
+        await self._command("/destroy_weights_update_group", {"group_name": name})
+
+    async def update_from_group(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        version: int,
+        max_bucket_bytes: int,
+        flush: bool,
+        group: Broadcaster,
+    ) -> int:
+        """As `update_from_tensors`; names go over HTTP and weights through a group that the server joined."""
+        sent = 0
+        in_session = await self._begin_session()
+        for bucket, last in buckets(weights, max_bucket_bytes):
+            body: dict[str, Any] = {
+                "names": [name for name, _ in bucket],
+                "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+                "shapes": [list(tensor.shape) for _, tensor in bucket],
+                "group_name": group.name,
+                "flush_cache": flush and last,
+                "abort_all_requests": False,
+            }
+            if last:
+                body["weight_version"] = str(version)
+            told = self._update("/update_weights_from_distributed", body, version)
+            tensors = [tensor for _, tensor in bucket]
+            await both(told, asyncio.to_thread(group.send, tensors), f"weight version {version} broke off")
+            sent += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if in_session:
+            await self._update("/end_weight_update", {}, version)
+        return sent
+
+    async def update_from_disk(self, checkpoint: Path, version: int, flush: bool) -> int:
+        """Replace weights by those of a checkpoint that the server can read; returns how many bytes it has.
+
+        Raises: UpdateFailed.
+        """
         body = {
             "model_path": str(checkpoint),
             "weight_version": str(version),
@@ -99,6 +160,7 @@ class Control:
             "flush_cache": flush,
         }
         await self._update("/update_weights_from_disk", body, version)
+        return sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
 
     async def checksum(self) -> str:
         """One number over every weight that the server holds, whatever way they came."""
@@ -180,3 +242,20 @@ def _gauges(page: str) -> Iterator[tuple[str, float]]:
         name = head.partition("{")[0].removeprefix("sglang:")
         found[name] = found.get(name, 0.0) + float(value)
     yield from found.items()
+
+
+async def both(told: Awaitable[Any], ours: Awaitable[T], failure: str) -> T:
+    """The result of our side of a collective call that a request started on the server's side.
+
+    Raises what the request raises, else UpdateFailed; then nobody waits for the other side.
+    """
+    asked, here = asyncio.ensure_future(told), asyncio.ensure_future(ours)
+    here.add_done_callback(lambda done: done.cancelled() or done.exception())
+    done, _ = await asyncio.wait((asked, here), return_when=asyncio.FIRST_EXCEPTION)
+    if asked in done:
+        asked.result()
+    try:
+        return await here
+    except RuntimeError as broken:
+        asked.cancel()
+        raise UpdateFailed(failure, why=str(broken).splitlines()[0]) from broken

@@ -20,7 +20,7 @@ from miles.errors import RunError
 from miles.rollout.engine import EngineHealth, GenerateOutput, GenerateRequest, RequestRefused
 from miles.rollout.sglang.continuation import joined, rest_of
 from miles.rollout.sglang.contract import BrokenContract, RouteShape, group_body, read_answer
-from miles.rollout.sglang.control import Control, PauseMode, UpdateFailed
+from miles.rollout.sglang.control import Broadcaster, Control, PauseMode, UpdateFailed
 from miles.rollout.sglang.http import ConnectionLost, HttpClient
 from miles.rollout.sglang.weight_payload import with_tied_head
 
@@ -82,6 +82,8 @@ class SglangEngine:
         self._steady = asyncio.Event()
         """Set while weights do not change."""
         self._steady.set()
+        self.sent_bytes = 0
+        """Of the weights of the last update."""
         self._version: int | None = None
         self._broken = ""
         self._paused = False
@@ -178,6 +180,15 @@ class SglangEngine:
             version, lambda: self.control.update_from_tensors(sent, version, bucket, self._forgets)
         )
 
+    async def receive_broadcast(
+        self, weights: Iterable[tuple[str, torch.Tensor]], version: int, group: Broadcaster
+    ) -> None:
+        """As `receive_weights`, through a process group that the server has joined. Raises: UpdateFailed."""
+        bucket, sent = self.settings.bucket_bytes, with_tied_head(weights) if self._tied else weights
+        await self._update(
+            version, lambda: self.control.update_from_group(sent, version, bucket, self._forgets, group)
+        )
+
     async def receive_checkpoint(self, checkpoint: Path, version: int) -> None:
         """Let the server read its weights from a directory. Raises: UpdateFailed."""
         await self._update(version, lambda: self.control.update_from_disk(checkpoint, version, self._forgets))
@@ -187,12 +198,12 @@ class SglangEngine:
         """Whether the keys and values of older weights are thrown away."""
         return self.settings.pause_mode != "in_place"
 
-    async def _update(self, version: int, transfer: Callable[[], Awaitable[object]]) -> None:
+    async def _update(self, version: int, transfer: Callable[[], Awaitable[int]]) -> None:
         self._broken = f"receiving weight version {version} failed half way"
         self._steady.clear()
         try:
             await self._stop_decoding()
-            await transfer()
+            self.sent_bytes = await transfer()
             told = await self.control.weight_version()
             if told != version:
                 what = f"the server says it has weight version {told}"

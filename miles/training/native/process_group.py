@@ -130,8 +130,8 @@ def join(
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if store.host == LOOPBACK and environment.get("GLOO_SOCKET_IFNAME") is None:
-        environment.export("GLOO_SOCKET_IFNAME", _loopback_interface())
+    if store.host == LOOPBACK:
+        on_loopback()
     bound: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
     try:
         dist.init_process_group(
@@ -151,6 +151,11 @@ def _nobody_there(what: str, timeout_s: float) -> RunError:
     return RunError(
         what, why=f"no answer within {timeout_s:g} s", fix="look at the log of the rank that is missing"
     )
+
+
+def on_loopback() -> None:
+    """Let gloo talk over loopback, unless the user has named an interface."""
+    environment.export_default("GLOO_SOCKET_IFNAME", _loopback_interface())
 
 
 def _loopback_interface() -> str:

@@ -680,6 +680,20 @@ CASES: dict[str, tuple[Case, Case]] = {
         Case("--rollout-backend sglang --sglang-host 0.0.0.0", facts=served("0.5.20")),
         Case("--rollout-backend sglang --sglang-attention-backend triton", facts=served("0.5.20")),
     ),
+    "SRV5": (
+        Case("--rollout-backend sglang --update-weight-delta --update-weight-transfer-mode disk"),
+        Case("--rollout-backend sglang --update-weight-delta --update-weight-transfer-mode tensor"),
+    ),
+    "SRV4": (
+        Case(
+            "--rollout-backend sglang --actor-num-gpus-per-node 0 --update-weight-transfer-mode broadcast "
+            "--rollout-external-engine-addrs http://10.0.0.2:30000"
+        ),
+        Case(
+            "--rollout-backend sglang --actor-num-gpus-per-node 0 --update-weight-transfer-mode broadcast "
+            "--rollout-external-engine-addrs http://127.0.0.1:30000"
+        ),
+    ),
     "SRV3": (
         Case(
             "--rollout-backend sglang --actor-num-gpus-per-node 0 --sglang-speculative-algorithm EAGLE "

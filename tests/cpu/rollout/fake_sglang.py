@@ -118,6 +118,10 @@ class FakeSglang:
         self.version = body.get("weight_version", self.version)
         return 200, {"success": True, "message": "ok"}
 
+    async def _on_update_weights_from_distributed(self, body: Any) -> Answer:
+        self.version = body.get("weight_version", self.version)
+        return 200, {"success": True, "message": "ok"}
+
     async def _on_update_weights_from_disk(self, body: Any) -> Answer:
         self.version = body["weight_version"]
         return 200, {"success": True, "message": body["model_path"]}

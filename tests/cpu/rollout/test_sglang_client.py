@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +156,56 @@ def test_weights_from_disk_carry_their_version(spec: ArchSpec) -> None:
         await engine.receive_checkpoint(Path("/shared/weights-000003"), version=3)
         (body,) = [body for path, body in server.calls if path == "/update_weights_from_disk"]
         assert body["model_path"] == "/shared/weights-000003" and body["weight_version"] == "3"
+
+    with_server(spec, scenario)
+
+
+class Wire:
+    """What the trainer broadcasts, and to whom."""
+
+    name = "weights"
+
+    def __init__(self, broken: str = "") -> None:
+        self.sent: list[list[torch.Tensor]] = []
+        self._broken = broken
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+        if self._broken:
+            raise RuntimeError(self._broken)
+        self.sent.append(list(tensors))
+
+
+def test_a_broadcast_names_what_the_group_brings(spec: ArchSpec) -> None:
+    settings = SglangSettings(max_context_len=16, bucket_bytes=32)
+
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        wire = Wire()
+        await engine.receive_broadcast(WEIGHTS, 3, wire)
+        told = [body for path, body in server.calls if path == "/update_weights_from_distributed"]
+        sent = [tensor for tensors in wire.sent for tensor in tensors]
+        assert [name for body in told for name in body["names"]] == [
+            "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight",
+        ]  # fmt: skip
+        assert [shape for body in told for shape in body["shapes"]] == [list(t.shape) for t in sent]
+        assert {dtype for body in told for dtype in body["dtypes"]} == {"float32"}
+        assert [body.get("weight_version") for body in told] == [None] * (len(told) - 1) + ["3"]
+        assert [body["flush_cache"] for body in told] == [False] * (len(told) - 1) + [True]
+        assert server.paths.index("/pause_generation") < server.paths.index(
+            "/update_weights_from_distributed"
+        )
+
+    with_server(spec, scenario, settings=settings)
+
+
+def test_a_broadcast_that_breaks_off_on_either_side_is_no_update(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        with pytest.raises(UpdateFailed, match="broke off"):
+            await engine.receive_broadcast(WEIGHTS, 3, Wire("Connection closed by peer"))
+        server.overrides["/update_weights_from_distributed"] = 400, {"success": False, "message": "no group"}
+        with pytest.raises(UpdateFailed, match="refused"):
+            await engine.receive_broadcast(WEIGHTS, 4, Wire())
+        with pytest.raises(RunError, match="cannot generate"):
+            await engine.generate([request(1, 2, 3)])
 
     with_server(spec, scenario)
 
