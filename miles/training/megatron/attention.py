@@ -28,8 +28,8 @@ from miles.training.native.micro_batches import MicroBatch
 class PackedRows(PackedSeqParams):
     """The rows of a micro-batch as Megatron's layers take them.
 
-    `tokens_1T` int64 [1, T], with `padding` rows at the end that make T a multiple of the tensor-parallel
-    size. `angles_at` int64: the positions whose angles the rotation reads.
+    `tokens_1T` int64 [1, T], with `padding` rows at the end that make T a multiple of what the layout asks
+    for. `angles_at` int64: the positions whose angles the rotation reads.
     """
 
     attention: Attention | None = None
@@ -56,7 +56,9 @@ def packed_rows(
     """What the layers read of sequences cut at `cu_seqlens` [N + 1]; padding rows are a sequence of their
     own.
     """
-    padding = -len(tokens_T) % layout.tp if layout.sequence_parallel else 0
+    # Sequence parallelism shares the rows out, and FP8 multiplies so many of them at once on every rank.
+    unit = (layout.tp if layout.sequence_parallel else 1) * layout.options.aligned_rows
+    padding = -len(tokens_T) % unit
     if padding:
         places = torch.arange(padding, device=tokens_T.device)
         tokens_T, positions_T = torch.cat([tokens_T, places * 0]), torch.cat([positions_T, places])

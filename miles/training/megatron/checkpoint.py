@@ -74,7 +74,7 @@ def save_checkpoint(
     dtype = tensors.optimizer.dtype
     weights = tensors.model.published(dtype)
     streams = {
-        name: tensors.trained.published(torch.float32, of)
+        name: tensors.trained.published(torch.float32, of, shared=tensors.optimizer.shares)
         for name, of in (tensors.optimizer_state() if with_optimizer else {}).items()
     }
     with ExitStack() as stack:
@@ -122,7 +122,8 @@ def load_checkpoint(directory: Path, tensors: TrainerTensors, policy: MegatronTe
     held = saved if had_draft else saved.policy
     for name, of in tensors.optimizer_state().items():
         path = optimizer_dir / f"{name}.safetensors"
-        known.load(without_spare_mtp(held, kept, read_tensors(path)), where=str(path), of=_data(of))
+        with tensors.optimizer.loading():
+            known.load(without_spare_mtp(held, kept, read_tensors(path)), where=str(path), of=_data(of))
     tensors.optimizer.set_updates(state.updates)
     if tensors.draft is not None:
         tensors.draft.set_updates(state.draft_updates or 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
@@ -13,6 +15,7 @@ from miles.training.megatron.draft_model import DraftModel
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.model import build_chunks, keep_biases_in_fp32
 from miles.training.megatron.optimizer import MasterAdam, wrapped_for_training
+from miles.training.megatron.options import DEFAULTS
 from miles.training.megatron.passes import Chunks
 from miles.training.megatron.transformer_config import transformer_config
 from miles.training.settings import TrainerSettings
@@ -69,8 +72,10 @@ def draft_training(
     layout, steps = chunks.layout, max(settings.mtp_training_steps, spec.mtp_num_layers)
     config = transformer_config(spec, layout, settings, dtype)
     module = MegatronModule(config) if draft is None else draft.requires_grad_(True)
-    (wrapped,) = wrapped_for_training([module], config, layout)
-    optimizer = MasterAdam([wrapped], settings.optimizer, dtype, layout)
+    # One layer: its state is not dealt out, nor parked in host memory.
+    plain = replace(layout, options=DEFAULTS)
+    (wrapped,) = wrapped_for_training([module], config, plain)
+    optimizer = MasterAdam([wrapped], settings.optimizer, dtype, plain)
     return DraftTraining(
         chunks, draft, wrapped, optimizer, DraftCourse(steps, settings.mtp_loss_scaling_factor)
     )

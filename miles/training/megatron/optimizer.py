@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ def wrapped_for_training(
     ]
     for chunk in chunks:
         keep_biases_in_fp32(chunk)
+    if ddp.overlap_grad_reduce:
+        # Gradients are reduced while the last micro-batch goes backward, not while others do.
+        silent = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = silent[0] if len(silent) == 1 else silent
     return wrapped
 
 
@@ -53,6 +58,9 @@ class MasterAdam:
         self._optimizer = get_megatron_optimizer(
             config, list(chunks), get_standard_config_overrides(config), use_gloo_process_groups=False
         )
+        self._make_state()
+
+    def _make_state(self) -> None:
         for optimizer, group in self._groups():
             group["weight_decay"] = self._weight_decay * group["wd_mult"]
             for master in group["params"]:
@@ -86,7 +94,8 @@ class MasterAdam:
             group["lr"] = learning_rate
         if self._clip_grad > 0:
             for optimizer in self._parts():
-                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._clip_grad, norm)
+                decoupled = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._clip_grad, norm, decoupled)
         self._optimizer.step_with_ready_grads()
 
     @staticmethod
@@ -109,6 +118,17 @@ class MasterAdam:
     def holds(self, parameter: nn.Parameter) -> bool:
         """Whether it is this optimizer that updates a parameter."""
         return self.master(parameter) in self._state
+
+    def shares(self, parameter: nn.Parameter) -> bool:
+        """Whether each data-parallel rank has a part of this parameter's state only."""
+        return False
+
+    def loading(self) -> AbstractContextManager[None]:
+        """While states are filled from a checkpoint: they are live here."""
+        return nullcontext()
+
+    def settle(self) -> None:
+        """The weights are whole after a step."""
 
     def reset_masters(self) -> None:
         """Take the model's weights as the masters', after weights were loaded into the model."""

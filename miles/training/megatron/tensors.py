@@ -8,7 +8,7 @@ of the others, as whole numbers, so that no bit changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -30,13 +30,20 @@ OfParameter = Callable[[torch.nn.Parameter], Tensor]
 """The tensor wanted for a parameter, of the parameter's shape: itself, its gradient, a moment."""
 
 
+IsShared = Callable[[torch.nn.Parameter], bool]
+
+
 @dataclass(frozen=True)
 class LocalPiece:
-    """A piece that this rank holds, of which parameter, and whether it is this rank that hands it out."""
+    """A piece that this rank holds, of which parameter, and whether it is this rank that hands it out.
+
+    `gives_part`: of a state that data-parallel ranks share out, whether it gives its part.
+    """
 
     piece: Piece
     parameter: torch.nn.Parameter
     writes: bool
+    gives_part: bool
 
 
 class MegatronTensors:
@@ -59,16 +66,18 @@ class MegatronTensors:
         for copy, original in FAMILIES[spec.family].mtp_copies(spec):
             self._copies.setdefault(original, []).append(copy)
         shard = Shard.current()
+        # Of ranks that hold the same weights, each has another part of a state that they share out.
+        sharing = replace(shard, writes_dense=True, writes_experts=True)
         for chunk in chunks:
-            self._take(chunk, places(chunk, spec, shard))
+            self._take(chunk, places(chunk, spec, shard), places(chunk, spec, sharing))
         if draft is not None:
-            self._take(draft, draft_places(draft, spec, shard))
+            self._take(draft, draft_places(draft, spec, shard), draft_places(draft, spec, sharing))
 
-    def _take(self, module: nn.Module, found: Iterator[Place]) -> None:
+    def _take(self, module: nn.Module, found: Iterator[Place], sharing: Iterator[Place]) -> None:
         parameters = dict(weights(module))
-        for place in found:
+        for place, shared in zip(found, sharing, strict=True):
             for piece in place.pieces:
-                local = LocalPiece(piece, parameters[place.parameter], place.writes)
+                local = LocalPiece(piece, parameters[place.parameter], place.writes, shared.writes)
                 self._local[piece.name].append(local)
 
     @torch.no_grad()
@@ -95,13 +104,20 @@ class MegatronTensors:
 
     @torch.no_grad()
     def published(
-        self, dtype: torch.dtype, of: OfParameter = lambda parameter: parameter, everywhere: bool = False
+        self,
+        dtype: torch.dtype,
+        of: OfParameter = lambda parameter: parameter,
+        everywhere: bool = False,
+        shared: IsShared = lambda _: False,
     ) -> Iterator[tuple[str, Tensor]]:
         """Whole detached tensors in `dtype`, but router biases in fp32. Every rank must iterate to the end;
         only the first is given tensors, or all of them with `everywhere`.
+
+        `shared`: of which parameters each of the ranks that hold the same weights gives another part, in
+        zeros.
         """
         for bucket in self._buckets(dtype):
-            flat = self._gather(bucket, stored_dtype(bucket[0], dtype), of, everywhere)
+            flat = self._gather(bucket, stored_dtype(bucket[0], dtype), of, everywhere, shared)
             if everywhere or dist.get_rank() == 0:
                 for name, tensor in self._cut(flat, bucket):
                     yield name, tensor
@@ -164,13 +180,15 @@ class MegatronTensors:
         if bucket:
             yield bucket
 
-    def _gather(self, names: list[str], dtype: torch.dtype, of: OfParameter, everywhere: bool) -> Tensor:
+    def _gather(
+        self, names: list[str], dtype: torch.dtype, of: OfParameter, everywhere: bool, shared: IsShared
+    ) -> Tensor:
         total = sum(torch.Size(self._shapes[name]).numel() for name in names)
         padded = -(-total * dtype.itemsize // 4) * 4 // dtype.itemsize
         flat = torch.zeros(padded, dtype=dtype, device=self._device)
         for name, tensor in self._cut(flat, names):
             for local in self._local[name]:
-                if local.writes:
+                if local.gives_part if shared(local.parameter) else local.writes:
                     local.piece.give(of(local.parameter).detach(), tensor)
         if dist.get_world_size() > 1:
             words = flat.view(torch.int32)

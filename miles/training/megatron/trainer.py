@@ -85,6 +85,7 @@ class MegatronTrainer(RolloutTrainer):
         # Only now: what imports megatron-core must find it fit for this machine.
         from miles.training.megatron.chunks import built, built_draft, draft_training, training_chunks
         from miles.training.megatron.optimizer import MasterAdam
+        from miles.training.megatron.sharded_adam import ShardedAdam
         from miles.training.megatron.tensors import MegatronTensors
 
         self.ranks = MegatronRanks()
@@ -99,7 +100,8 @@ class MegatronTrainer(RolloutTrainer):
             self._build_reference = lambda: built(spec.policy, self.layout, settings, dtype, self.device)
         self.tensors = MegatronTensors(spec, self._chunks.bare, self.device, self._draft)
         self._policy_tensors = MegatronTensors(spec.policy, self._chunks.bare, self.device)
-        self.optimizer = MasterAdam(self._chunks.wrapped, settings.optimizer, dtype, self.layout)
+        adam = ShardedAdam if self.layout.options.distributed_optimizer else MasterAdam
+        self.optimizer = adam(self._chunks.wrapped, settings.optimizer, dtype, self.layout)
         self._reference: Chunks | None = None
         knobs = Knobs.from_settings(settings)
         self.state = TrainerState(
@@ -138,6 +140,7 @@ class MegatronTrainer(RolloutTrainer):
         On several ranks they are gathered in buckets: every rank has to iterate to the end, and only the
         first is given tensors, or all of them with `everywhere`.
         """
+        self.optimizer.settle()
         return self.tensors.published(self.dtype, everywhere=everywhere)
 
     def log_probs(self, batch: TrainBatch, model: ModelRole = "policy") -> LogProbs:

@@ -88,6 +88,7 @@ class MegatronStep:
         measured, but not differentiated.
         """
         parts = [(step.indices_N, True)]
+        differentiated = False
         if self._only_advantages:
             flat_N = step.without_advantage()
             parts = [(step.indices_N[~flat_N], True), (step.indices_N[flat_N], False)]
@@ -96,10 +97,15 @@ class MegatronStep:
             micro_batches = self.cut(step.batch, indices_N)
             steps = self._pass(step, micro_batches, sums, with_gradient, draft_update)
             outputs = steps.run(micro_batches)
+            differentiated |= with_gradient and bool(micro_batches)
             if not with_gradient:
                 for index, output in enumerate(outputs):
                     self._add(sums, self._result(step, micro_batches[index], output))
             self._measure(step, micro_batches, outputs)
+        if not differentiated and self.chunks.layout.options.overlap_grad_reduce:
+            # Nothing went backward, which would have sent the gradients of nothing on their way.
+            for chunk in self.chunks.wrapped:
+                chunk.start_grad_sync()
         if draft_update is not None:
             sums |= draft_update.sums
         return self._totals(sums)
@@ -188,7 +194,7 @@ class MegatronStep:
                 where="debug.inject_fault",
                 fix="use a published tensor name",
             )
-        self.tensors.set_first_element(name, math.nan, self.optimizer.gradient)
+        self.tensors.set_first_element(name, math.nan, MasterAdam.gradient)
 
     def _explain(self, batch: TrainBatch, loss: float) -> dict[str, Any]:
         trained_T = batch.loss_mask > 0
@@ -208,6 +214,8 @@ class MegatronStep:
             self.settings.non_finite_policy,
             weights=self.tensors.published(torch.float32, everywhere=True),
             loss_inputs=inputs,
-            gradients=self.tensors.published(torch.float32, self.optimizer.gradient, everywhere=True),
+            gradients=self.tensors.published(
+                torch.float32, self.optimizer.gradient, everywhere=True, shared=self.optimizer.shares
+            ),
             loss=loss,
         )

@@ -77,7 +77,8 @@ def held(parallel: DataParallel, **how: Any) -> tuple[Weights, Weights]:
     """Weights and second moments as they lie after loading."""
     trainer = make(parallel, **how)
     saved = trainer._on_disk
-    moments = saved.trained.published(torch.float32, saved.optimizer_state()["exp_avg_sq"], everywhere=True)
+    of = saved.optimizer_state()["exp_avg_sq"]
+    moments = saved.trained.published(torch.float32, of, everywhere=True, shared=saved.optimizer.shares)
     return weights(trainer), {name: tensor.clone() for name, tensor in moments}
 
 

@@ -15,6 +15,7 @@ import torch
 from miles.arch import ArchSpec, with_mtp
 from miles.planning.layout import Layout, layout_problems
 from miles.training.megatron.layout import MegatronLayout
+from miles.training.megatron.options import MegatronOptions
 from miles.training.settings import OptimizerSettings, TrainerSettings
 
 pytestmark = pytest.mark.slow
@@ -28,6 +29,15 @@ LAYOUTS = {
     "PP2, sequences of many lengths": MegatronLayout(pp=2, first_stage_layers=1),
     "EP2": MegatronLayout(ep=2),
     "DP2": MegatronLayout(),
+    "DP2, distributed optimizer, reduced in backward": MegatronLayout(
+        options=MegatronOptions(distributed_optimizer=True, overlap_grad_reduce=True)
+    ),
+    "EP2, distributed optimizer, gathered in forward": MegatronLayout(
+        ep=2,
+        options=MegatronOptions(
+            distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+        ),
+    ),
 }
 ALONE = "one process"
 
