@@ -22,7 +22,7 @@ from torch import Tensor
 
 from miles.arch.spec import ArchSpec
 from miles.data.batch import TrainBatch
-from miles.errors import RunError
+from miles.errors import MilesError, RunError
 from miles.models.decoder import Decoder
 from miles.models.mtp import MtpDraft
 from miles.training.knobs import Knobs
@@ -79,6 +79,13 @@ class MegatronTrainer(RolloutTrainer):
         require_expressible(spec)
         self.spec, self.settings, self.dtype, self.source_dir = spec, settings, dtype, source_dir
         self._dist_checkpoints = dist_checkpoints
+        if dist_checkpoints and self.layout.options.distributed_optimizer:
+            raise MilesError(
+                "torch_dist checkpoints do not hold a distributed optimizer's state",
+                where="checkpoint.ckpt_format",
+                why="each rank has a part of it, which only the form under published names puts together",
+                fix="leave --ckpt-format out",
+            )
         self.layout = layout or MegatronLayout()
         self.device = torch.device(device) if parallel is None else parallel.device
         open_groups(self.layout, spec.num_layers)
