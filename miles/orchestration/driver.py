@@ -21,6 +21,7 @@ from miles.orchestration.checkpoints import CheckpointStore, LoopState
 from miles.orchestration.observer import Observer
 from miles.orchestration.rollout_worker import StepRollout
 from miles.orchestration.supervisor import STOP_AFTER_SKIPPED_STEPS, Supervisor
+from miles.orchestration.turns import NoTurns, Turns
 from miles.orchestration.weight_sync import WeightSync
 from miles.record import Inbox, RecordWriter, Request
 from miles.training.native.gap_watch import ALIGNMENT_BROKEN
@@ -86,6 +87,7 @@ class Driver:
     monitor: Monitor
     state: LoopState = field(default_factory=LoopState)
     ahead: Ahead = field(default_factory=Ahead)
+    turns: Turns = field(default_factory=NoTurns)
     _step_started: float = field(default_factory=time.perf_counter)
     _phase_seconds: dict[str, float] = field(default_factory=dict)
     _first_step: int | None = None
@@ -119,6 +121,7 @@ class Driver:
 
     async def train(self, step: int, rollout: StepRollout) -> TrainResult:
         """Learn from the samples of a step, after keeping the step where that is asked for."""
+        await self.turns.to_training()
         if self._due(step, self.schedule.capsule_interval):
             with self.phase("capsule", step):
                 await self._keep_step(step, rollout.samples)
@@ -136,7 +139,9 @@ class Driver:
     async def hand_over_weights(self, step: int) -> None:
         """Give the engine the weights of this step, as version `step`."""
         if self.weight_sync is not None:
+            await self.turns.to_update()
             await self.weight_sync.send(version=step)
+            await self.turns.to_rollout()
 
     async def update_weights(self, step: int) -> None:
         """Hand over what the step has learnt."""
@@ -263,9 +268,19 @@ class Driver:
         if self.store.latest_step() == step:
             return
         with self.record.phase("save", step):
-            path = await self.store.save(self.state, self._write_checkpoint)
+            path = await self._saved()
         self.record.event("checkpoint", step=step, path=str(path))
         self.observer.on_event("checkpoint", {"step": step, "path": str(path)})
+
+    async def _saved(self) -> Path:
+        """The new checkpoint; whoever shares the trainer's GPUs makes room for it meanwhile."""
+        paths: list[Path] = []
+
+        async def save() -> None:
+            paths.append(await self.store.save(self.state, self._write_checkpoint))
+
+        await self.turns.saving(save)
+        return paths[0]
 
     async def restore(self, state: LoopState, checkpoint: Path, patch: Mapping[str, float]) -> None:
         """Stand where the checkpoint was written, with the trainer's live settings of `patch` on top."""

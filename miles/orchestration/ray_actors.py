@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,18 @@ from miles.orchestration import assemble, workers
 from miles.orchestration.rewarding import failures_of, scorer_of
 from miles.orchestration.route_wire import pack_answer, unpack_samples
 from miles.orchestration.run_model import run_model
-from miles.orchestration.sglang_crew import make_server
+from miles.orchestration.sglang_crew import SharedGpus, make_server, start_server
 from miles.orchestration.sglang_servers import TensorPacket
+from miles.orchestration.turns import Held
 from miles.orchestration.weight_packets import Manifest, Weights, pack, unpack, verify
 from miles.orchestration.weight_sync import weights_for_engine
 from miles.record import RecordWriter, RunLayout
 from miles.rollout.engine import EngineHealth, GenerateRequest
+from miles.rollout.sglang.control import MemoryTag
+from miles.rollout.sglang.ipc_payload import encode_handles
+from miles.rollout.sglang.server import free_port
+from miles.rollout.sglang.weight_payload import Bucket, buckets, with_tied_head
+from miles.training.megatron.trainer import MegatronTrainer
 from miles.training.trainer import TrainResult
 
 if TYPE_CHECKING:
@@ -43,6 +49,10 @@ class Post:
     name: str
     job: Job
     cwd: str
+    gpus: tuple[str, ...] = ()
+    """Numbers of the GPUs on its node that an engine shares with a trainer; empty: those that Ray gives."""
+    server_args: Mapping[str, Any] = field(default_factory=dict)
+    """Of a server that is a part of a larger one, beside the arguments of the plan."""
 
 
 def take_post(post: Post) -> RecordWriter:
@@ -83,6 +93,8 @@ class TrainerActor:
     def __init__(self, post: Post) -> None:
         self._post, self._record = post, take_post(post)
         self._store: TCPStore | None = None
+        self._handles: Iterator[tuple[Bucket, bool]] | None = None
+        self._lent: Bucket = []
 
     async def ready(self) -> tuple[int, str]:
         """The process id, and the id of its node."""
@@ -120,7 +132,8 @@ class TrainerActor:
             store,
             rank,
             size,
-            self._post.job.plan.device,
+            # Ray shows a worker its own GPU alone.
+            "cuda:0" if self._post.job.plan.device == "cuda" else "cpu",
             timeout_s=60.0 * cluster.distributed_timeout_minutes,
             backend=cluster.distributed_backend,
         )
@@ -148,6 +161,47 @@ class TrainerActor:
         with self._record.busy("update_weights"):
             target = assemble.engine_precision(job.plan)
             return pack(weights_for_engine(self._worker, target), version)
+
+    async def free_port(self) -> int:
+        """A port of this machine that nobody has now."""
+        return free_port()
+
+    async def gpu(self) -> str:
+        """The number of this process's GPU on its node; empty without one."""
+        import ray
+
+        ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        return str(ids[0]) if ids else ""
+
+    async def hold(self, held: Held) -> None:
+        with self._record.busy("offload"):
+            trainer = self._worker.trainer
+            assert isinstance(trainer, MegatronTrainer), "preflight: other trainers do not share GPUs"
+            trainer.hold(held)
+
+    async def next_handles(self, version: int) -> tuple[str, bool]:
+        """The next bucket of the weights of this moment, on this rank's GPU, as handles; whether it is the
+        last. It stays in memory until `drop_handles`. Collective.
+        """
+        job, config = self._post.job, self._post.job.resolved.config
+        with self._record.busy("update_weights"):
+            if self._handles is None:
+                target = assemble.engine_precision(job.plan)
+                weights = weights_for_engine(self._worker, target, everywhere=True)
+                tied = self._worker.trainer.spec.tie_word_embeddings
+                sent = with_tied_head(weights) if tied else weights
+                self._handles = buckets(sent, config.weight_sync.update_weight_buffer_size)
+            self._lent, last = next(self._handles)
+            if last:
+                self._handles = None
+            return encode_handles(self._lent), last
+
+    async def drop_handles(self) -> None:
+        """Free the bucket that was lent."""
+        import torch
+
+        self._lent = []
+        torch.cuda.ipc_collect()
 
 
 class EngineActor:
@@ -201,7 +255,9 @@ class ServerActor:
         spec = run_model(job.resolved.config, job.source)
         # The server prints into a file of its own, beside that of this process.
         address = addresses[rank] if addresses else None
-        self._server = make_server(job, spec, f"server-{rank}", rank, address)
+        self._server = make_server(
+            job, spec, f"server-{rank}", rank, address, SharedGpus(post.gpus, post.server_args)
+        )
 
     async def ready(self) -> tuple[int, str]:
         """The process id and the id of its node, once the server answers."""
@@ -227,6 +283,37 @@ class ServerActor:
 
     async def metrics(self) -> dict[str, float]:
         return await self._server.metrics()
+
+    async def release(self, tags: Sequence[MemoryTag]) -> None:
+        with self._record.busy("offload"):
+            await self._server.shared(lambda engine: engine.release(tags))
+
+    async def reclaim(self, tags: Sequence[MemoryTag]) -> None:
+        with self._record.busy("offload"):
+            await self._server.reclaim(tags)
+
+    async def begin_handles(self, version: int) -> bool:
+        return await self._server.shared(lambda engine: engine.begin_handles(version))
+
+    async def take_handles(self, payloads: Sequence[str], version: int, last: bool) -> None:
+        with self._record.busy("update_weights"):
+            await self._server.shared(lambda engine: engine.take_handles(payloads, version, last))
+
+    async def end_handles(self, version: int, in_session: bool) -> None:
+        await self._server.shared(lambda engine: engine.end_handles(version, in_session))
+
+
+class ServerPartActor:
+    """The part of a server on one of its further nodes; the first one answers for all."""
+
+    def __init__(self, post: Post) -> None:
+        self._record = take_post(post)
+        rank = int(post.name.rpartition("-")[2])
+        shared = SharedGpus(post.gpus, post.server_args)
+        self._process = start_server(post.job, f"server-{post.name}", rank, shared)
+
+    async def ready(self) -> tuple[int, str]:
+        return whereabouts()
 
 
 class RewardActor:
@@ -257,6 +344,7 @@ ACTORS: dict[str, type[Any]] = {
     "trainer": TrainerActor,
     "engine": EngineActor,
     "server": ServerActor,
+    "part": ServerPartActor,
     "reward": RewardActor,
 }
 """Worker classes by what they are; an engine and a server are both called engine-<rank>."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +14,7 @@ from miles.orchestration import assemble, workers
 from miles.orchestration.driver import Driver
 from miles.orchestration.engine_gauges import GaugedWeights
 from miles.orchestration.engine_pool import EnginePool, RemoteEngine
+from miles.orchestration.handle_weights import HandleWeights
 from miles.orchestration.job import Job
 from miles.orchestration.observer import Observer
 from miles.orchestration.ray_actors import ACTORS, Post
@@ -23,6 +24,7 @@ from miles.orchestration.run_model import run_model
 from miles.orchestration.seats import Seat, call
 from miles.orchestration.supervisor import Supervisor
 from miles.orchestration.trainer_ranks import TrainerRanks
+from miles.orchestration.turns import SharedGpus
 from miles.orchestration.weight_sync import PacketWeights, WeightSync
 from miles.orchestration.worker_loss import WorkerLost
 from miles.planning.workers import WorkersPlan
@@ -30,9 +32,12 @@ from miles.record import RecordWriter, events
 from miles.rollout.collect import Score
 
 if TYPE_CHECKING:
+    from miles.orchestration.ray_handles import RayServer
     from miles.orchestration.ray_nodes import NodeBook
+    from miles.orchestration.ray_shared_gpus import Placed
 
 H = TypeVar("H")
+EMPTY: Mapping[str, Any] = {}
 
 
 class RayExecutor:
@@ -97,19 +102,26 @@ class _Crew:
             return await workers.build_driver(
                 job, demonstrations, trainer, None, record, supervisor, observer
             )
-        engines = self._engine_seats()
         judges = self._reward_seats()
-        others = asyncio.gather(*(seat.fill() for seat in (*engines, *judges)))
-        trainer, _ = await asyncio.gather(self._trainer(), others)
-        pool = EnginePool(engines)
-        self._sync = PacketWeights(trainer, pool, record)
+        shared: SharedGpus | None = None
+        sync: WeightSync
+        if self._plan.shares_gpus:
+            await asyncio.gather(*(seat.fill() for seat in judges))
+            trainer, engines, shared, sync = await self._on_shared_gpus()
+            pool = EnginePool(engines)
+        else:
+            engines = self._engine_seats()
+            others = asyncio.gather(*(seat.fill() for seat in (*engines, *judges)))
+            trainer, _ = await asyncio.gather(self._trainer(), others)
+            pool = EnginePool(engines)
+            sync = self._sync = PacketWeights(trainer, pool, record)
         turns = itertools.cycle(judges)
         rollout = workers.build_sampling(
             job, spec, tokenizer, pool, self._score(turns, False), self._score(turns, True)
         )
         served = job.plan.engine == "sglang"
-        sync: WeightSync = GaugedWeights(self._sync, pool, record) if served else self._sync
-        driver = await workers.build_driver(job, rollout, trainer, sync, record, supervisor, observer)
+        sync = GaugedWeights(sync, pool, record) if served else sync
+        driver = await workers.build_driver(job, rollout, trainer, sync, record, supervisor, observer, shared)
         self._watch(pool)
         return driver
 
@@ -128,6 +140,53 @@ class _Crew:
         await trainer.join()
         return trainer
 
+    async def _on_shared_gpus(
+        self,
+    ) -> tuple[TrainerRanks, Sequence[Seat[RemoteEngine]], SharedGpus, WeightSync]:
+        """Servers first, which then give everything back, and the trainer after them on the same GPUs.
+
+        A server that is lost is not replaced, for the trainer may have its memory: the run ends.
+        """
+        from miles.orchestration.ray_handles import RayTrainer
+        from miles.orchestration.ray_shared_gpus import Placed, in_rank_order
+
+        cluster, each = self._config.cluster, self._plan.gpus_per_engine
+        started = (self._start("trainer", i, bundle=i, handle=RayTrainer) for i in range(self._plan.trainers))
+        found = await asyncio.gather(*started)
+        nodes = await asyncio.gather(*(rank.node() for rank in found))
+        gpus = await asyncio.gather(*(rank.gpu() for rank in found))
+        ranks = in_rank_order(
+            [Placed(*row) for row in zip(found, nodes, gpus, range(len(found)), strict=True)]
+        )
+        groups = [ranks[i : i + each] for i in range(0, self._plan.engines * each, each)]
+        servers = await asyncio.gather(*(self._shared_server(i, group) for i, group in enumerate(groups)))
+        seats = [_seated(server, self._report) for server in servers]
+        await asyncio.gather(*(seat.fill() for seat in seats))
+        trainer = TrainerRanks([rank.trainer for rank in ranks])
+        moves_engines = _moves(cluster.offload_rollout, cluster.offload, cluster.colocate)
+        moves_trainer = _moves(cluster.offload_train, cluster.offload, cluster.colocate)
+        turns = SharedGpus(trainer, servers, moves_trainer, moves_engines)
+        await turns.make_room()
+        await trainer.join()
+        return trainer, seats, turns, HandleWeights(trainer, servers, each)
+
+    async def _shared_server(self, rank: int, ranks: Sequence[Placed]) -> RayServer:
+        """A server on the GPUs of these ranks, on one node or over several."""
+        from miles.orchestration.ray_handles import Handle, RayServer
+        from miles.orchestration.ray_shared_gpus import server_parts
+
+        head, *others = server_parts(ranks, await ranks[0].trainer.free_port())
+        further = (
+            self._start("part", rank, part.bundle, Handle, part.gpus, part.args, suffix=f"-{number}")
+            for number, part in enumerate(others, 1)
+        )
+        # The first part answers once all of them have met.
+        server, *_ = await asyncio.gather(
+            self._start("engine", rank, head.bundle, RayServer, head.gpus, head.args), *further
+        )
+        answering: RayServer = server
+        return answering
+
     def _engine_seats(self) -> Sequence[Seat[RemoteEngine]]:
         from miles.orchestration.ray_handles import RayEngine
 
@@ -142,7 +201,7 @@ class _Crew:
     def _reward_seats(self) -> Sequence[Seat[Any]]:
         from miles.orchestration.ray_handles import RayReward
 
-        first = self._plan.trainers + self._plan.engines
+        first = self._plan.first_judge
 
         async def launch(rank: int) -> Any:
             return await self._start("reward", rank, first + rank, RayReward)
@@ -153,30 +212,48 @@ class _Crew:
         limit = self._config.fault_tolerance.max_worker_restarts
         return Seat(name, lambda: launch(rank), limit, self._report)
 
-    async def _start(self, role: str, rank: int, bundle: int, handle: Any) -> Any:
-        """Start one worker process and wait until it is ready."""
+    async def _start(
+        self,
+        role: str,
+        rank: int,
+        bundle: int,
+        handle: Any,
+        gpus: tuple[str, ...] = (),
+        server_args: Mapping[str, Any] = EMPTY,
+        suffix: str = "",
+    ) -> Any:
+        """Start one worker process and wait until it is ready.
+
+        `gpus`: those that it shares with a trainer; `server_args`: of a part of a larger server.
+        """
         import ray
 
         from miles.orchestration.ray_handles import answer
         from miles.orchestration.ray_nodes import within
 
-        name = f"{role}-{rank}"
+        name = f"{role}{suffix}-{rank}"
         cpus = 1 if role == "reward" else self._plan.threads
         options = {
             "num_cpus": cpus,
+            "num_gpus": 0 if gpus else self._gpus_of(role),
             "max_restarts": 0,
             "scheduling_strategy": self._runtime.place(bundle),
             "runtime_env": {"env_vars": dict(self._job.plan.exports)},
         }
         await self._nodes.settle()
         kind = "server" if role == "engine" and self._job.plan.engine == "sglang" else role
-        actor = ray.remote(ACTORS[kind]).options(**options).remote(Post(name, self._job, os.getcwd()))
+        post = Post(name, self._job, os.getcwd(), gpus, dict(server_args))
+        actor = ray.remote(ACTORS[kind]).options(**options).remote(post)
         limit = self._config.fault_tolerance.worker_start_timeout
         pid, node = await within(limit, name, answer(name, actor.ready.remote()))
         self._nodes.moved_in(name, node)
         worker = handle(name, actor, pid)
         self._workers.append(worker)
         return worker
+
+    def _gpus_of(self, role: str) -> int:
+        each = self._plan.gpus_per_engine
+        return {"trainer": min(each, 1), "engine": each}.get(role, 0)
 
     def _score(self, turns: itertools.cycle[Seat[Any]], evaluation: bool) -> Score:
         async def score(samples: Sequence[Sample]) -> list[Any]:
@@ -212,3 +289,17 @@ class _Crew:
                 health.rollout_health_check_first_wait,
             )
             self._health = asyncio.create_task(checks)
+
+
+def _moves(side: bool | None, both: bool, colocated: bool) -> bool:
+    """Whether a side gives its memory back between turns: as set, else where it shares GPUs."""
+    return (both or colocated) if side is None else side
+
+
+def _seated(server: RayServer, report: Any) -> Seat[RemoteEngine]:
+    """The seat of a server that is not replaced."""
+
+    async def given() -> RemoteEngine:
+        return server
+
+    return Seat(server.name, given, 0, report)

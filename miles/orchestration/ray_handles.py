@@ -13,9 +13,11 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from miles.data.sample import Sample
 from miles.orchestration.route_wire import pack_samples, unpack_answer
+from miles.orchestration.turns import Held
 from miles.orchestration.weight_packets import Manifest, WeightsDamaged
 from miles.orchestration.worker_loss import WorkerLost
 from miles.rollout.engine import EngineHealth, GenerateRequest
+from miles.rollout.sglang.control import MemoryTag
 from miles.training.trainer import TrainResult
 
 if TYPE_CHECKING:
@@ -105,6 +107,26 @@ class RayTrainer(Handle):
         manifest, weights = self._actor.weights.options(num_returns=2).remote(version)
         return Packet(await answer(self.name, manifest), weights)
 
+    async def hold(self, held: Held) -> None:
+        await answer(self.name, self._actor.hold.remote(held))
+
+    async def next_handles(self, version: int) -> tuple[str, bool]:
+        given: tuple[str, bool] = await answer(self.name, self._actor.next_handles.remote(version))
+        return given
+
+    async def drop_handles(self) -> None:
+        await answer(self.name, self._actor.drop_handles.remote())
+
+    async def free_port(self) -> int:
+        """A port on its node that nobody has now."""
+        port: int = await answer(self.name, self._actor.free_port.remote())
+        return port
+
+    async def gpu(self) -> str:
+        """The number of its GPU on its node; empty without one."""
+        found: str = await answer(self.name, self._actor.gpu.remote())
+        return found
+
 
 class RayEngine(Handle):
     """An engine in a process of its own (`engine_pool.RemoteEngine`)."""
@@ -129,6 +151,26 @@ class RayEngine(Handle):
     async def metrics(self) -> dict[str, float]:
         metrics: dict[str, float] = await answer(self.name, self._actor.metrics.remote())
         return metrics
+
+
+class RayServer(RayEngine):
+    """An SGLang server on a trainer's GPUs (`turns.Releasing`, `handle_weights.HandleSink`)."""
+
+    async def release(self, tags: Sequence[MemoryTag]) -> None:
+        await answer(self.name, self._actor.release.remote(tags))
+
+    async def reclaim(self, tags: Sequence[MemoryTag]) -> None:
+        await answer(self.name, self._actor.reclaim.remote(tags))
+
+    async def begin_handles(self, version: int) -> bool:
+        in_session: bool = await answer(self.name, self._actor.begin_handles.remote(version))
+        return in_session
+
+    async def take_handles(self, payloads: Sequence[str], version: int, last: bool) -> None:
+        await answer(self.name, self._actor.take_handles.remote(list(payloads), version, last))
+
+    async def end_handles(self, version: int, in_session: bool) -> None:
+        await answer(self.name, self._actor.end_handles.remote(version, in_session))
 
 
 class RayReward(Handle):

@@ -79,7 +79,8 @@ class RayRuntime:
             ray.init(
                 address="local",
                 num_cpus=plan.workers.cpus if plan.workers else 1,
-                num_gpus=0,
+                # Without a number Ray counts those of the machine.
+                num_gpus=None if plan.device == "cuda" else 0,
                 object_store_memory=_STORE_BYTES + _VERSIONS_HELD * _weight_bytes(plan),
                 include_dashboard=False,
                 _temp_dir=self._temp_dir,
@@ -119,9 +120,7 @@ def _end(family: list[psutil.Process]) -> None:
 
 def _reserve(ray: Any, workers: WorkersPlan) -> Any:
     """One bundle per worker. Raises: Unavailable with the arithmetic when there is no room."""
-    heavy = [{"CPU": workers.threads}] * (workers.trainers + workers.engines)
-    bundles = heavy + [{"CPU": 1}] * workers.reward_workers
-    group = ray.util.placement_group(bundles, strategy=workers.strategy)
+    group = ray.util.placement_group(workers.bundles, strategy=workers.strategy)
     if group.wait(PLACEMENT_SECONDS):
         return group
     total, free = ray.cluster_resources(), ray.available_resources()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,9 +110,23 @@ class SglangCrew:
         self._observer.on_event(kind, fields)
 
 
-def make_server(job: Job, spec: ArchSpec, name: str, rank: int, address: str | None) -> ServedEngine:
+@dataclass(frozen=True)
+class SharedGpus:
+    """Numbers of the GPUs that a server shares with a trainer, and what it is told beside its plan."""
+
+    numbers: tuple[str, ...] = ()
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+OWN_GPUS = SharedGpus()
+"""Those that the process sees."""
+
+
+def make_server(
+    job: Job, spec: ArchSpec, name: str, rank: int, address: str | None, gpus: SharedGpus = OWN_GPUS
+) -> ServedEngine:
     """The client of the server at `address`, or of one that is started here; it may not answer yet."""
-    process = None if address is not None else _start(job, name, rank)
+    process = None if address is not None else start_server(job, name, rank, gpus)
     http = HttpClient(address if process is None else process.url)  # type: ignore[arg-type]
     engine = SglangEngine(http, spec, assemble.sglang_settings(job.resolved.config, job.plan))
     config = job.resolved.config
@@ -121,7 +136,8 @@ def make_server(job: Job, spec: ArchSpec, name: str, rank: int, address: str | N
     return ServedEngine(name, engine, process, speculative, broadcast_on, sync.update_weight_delta)
 
 
-def _start(job: Job, name: str, rank: int) -> ServerProcess:
+def start_server(job: Job, name: str, rank: int, gpus: SharedGpus) -> ServerProcess:
+    """A server of this run, or its part on this node; it prints into a log of its own."""
     plan = job.plan
     assert plan.server_python is not None and plan.server_args is not None, "preflight asks for a server"
     checkpoint = str(job.source.directory)
@@ -132,13 +148,14 @@ def _start(job: Job, name: str, rank: int) -> ServerProcess:
     args["random_seed"] = plan.server_args["random_seed"] + rank
     # The longest request has two positions to spare, also where it fills those of the model.
     longer = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    seen = {"CUDA_VISIBLE_DEVICES": ",".join(gpus.numbers)} if gpus.numbers else {}
     return ServerProcess(
         ServerOptions(
             python=Path(plan.server_python),
             args=args,
             log=RunLayout(job.run_dir).logs_dir / f"{name}.log",
             on_cpu=plan.device == "cpu",
-            environment=dict(plan.exports) | longer,
+            environment=dict(plan.exports) | longer | seen,
         )
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from miles.orchestration.weight_group import WeightGroup
 from miles.orchestration.weight_packets import Manifest, Weights, unpack, verify
 from miles.orchestration.worker_loss import WorkerLost
 from miles.rollout.engine import EngineHealth, GenerateRequest
-from miles.rollout.sglang.control import UpdateFailed
+from miles.rollout.sglang.control import MemoryTag, UpdateFailed
 from miles.rollout.sglang.engine import SglangEngine
 from miles.rollout.sglang.http import ConnectionLost
 from miles.rollout.sglang.probe import probe
@@ -164,6 +164,18 @@ class ServedEngine:
             ranks = self.engine.settings.tensor_parallel_size
             self._group = await WeightGroup.joined(self.engine.control, ranks, self._broadcast_on)
         await self.engine.receive_broadcast(weights, version, self._group)
+
+    async def shared(self, call: Callable[[SglangEngine], Awaitable[T]]) -> T:
+        """A call between two turns on the same GPUs. Raises: WorkerLost."""
+        return await self._asked(call(self.engine))
+
+    async def reclaim(self, tags: Sequence[MemoryTag]) -> None:
+        """Take memory back; the first time that it could answer, prove what it can do. Raises: WorkerLost."""
+        await self.shared(lambda engine: engine.reclaim(tags))
+        version = self.engine.health().weight_version
+        if "kv_cache" in tags and version is not None and not self._probed:
+            await self._asked(probe(self.engine, version, self._speculative))
+            self._probed = True
 
     async def health(self) -> EngineHealth:
         return await self._asked(self.engine.check())

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from miles.data.sample import Sample
 from miles.orchestration.seats import Worker
+from miles.orchestration.turns import Held
 from miles.orchestration.worker_loss import WorkerLost
 from miles.training.trainer import TrainResult
 
@@ -42,6 +43,12 @@ class TrainerRank(Worker, Protocol):
     async def load(self, directory: Path) -> None: ...
 
     async def weights(self, version: int) -> Any: ...
+
+    async def hold(self, held: Held) -> None: ...
+
+    async def next_handles(self, version: int) -> tuple[str, bool]: ...
+
+    async def drop_handles(self) -> None: ...
 
 
 class TrainerRanks:
@@ -79,6 +86,16 @@ class TrainerRanks:
 
     async def weights(self, version: int) -> Any:
         return (await together([rank.weights(version) for rank in self._ranks]))[0]
+
+    async def hold(self, held: Held) -> None:
+        await together([rank.hold(held) for rank in self._ranks])
+
+    async def next_handles(self, version: int) -> tuple[list[str], bool]:
+        given = await together([rank.next_handles(version) for rank in self._ranks])
+        return [payload for payload, _ in given], given[0][1]
+
+    async def drop_handles(self) -> None:
+        await together([rank.drop_handles() for rank in self._ranks])
 
 
 async def together(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:

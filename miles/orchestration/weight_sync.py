@@ -28,10 +28,12 @@ class WeightSync(Protocol):
         """Every engine serves `version` when this returns, or an error is raised."""
 
 
-def weights_for_engine(trainer: TrainWorker, policy: PrecisionPolicy | None) -> Iterable[tuple[str, Tensor]]:
+def weights_for_engine(
+    trainer: TrainWorker, policy: PrecisionPolicy | None, everywhere: bool = False
+) -> Iterable[tuple[str, Tensor]]:
     """The weights of this moment under published names, as the engine holds them; policy None: as they
-    are."""
-    weights = trainer.trainer.named_weights()
+    are. `everywhere`: on every rank, not the first alone."""
+    weights = trainer.trainer.named_weights(everywhere)
     return weights if policy is None else as_stored(weights, policy)
 
 

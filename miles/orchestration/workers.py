@@ -25,6 +25,7 @@ from miles.orchestration.rollout_worker import CustomGeneration, RolloutWorker
 from miles.orchestration.run_model import read_weights
 from miles.orchestration.supervisor import Supervisor
 from miles.orchestration.train_worker import AnyTrainer, TrainWorker
+from miles.orchestration.turns import NoTurns, Turns
 from miles.orchestration.weight_sync import WeightSync
 from miles.record import Inbox, RecordWriter
 from miles.rollout.collect import Score
@@ -178,6 +179,7 @@ async def build_driver(
     record: RecordWriter,
     supervisor: Supervisor,
     observer: Observer,
+    turns: Turns | None = None,
 ) -> Driver:
     """Put the run's books around both sides, stand where the job resumes, and give the engine its weights."""
     config = job.resolved.config
@@ -193,6 +195,7 @@ async def build_driver(
         supervisor=supervisor,
         observer=observer,
         monitor=Monitor(record, config.model_dump()),
+        turns=turns or NoTurns(),
     )
     if job.resume_from is not None:
         patch, state = job.lineage.live_patch, store.load_state(job.resume_from)

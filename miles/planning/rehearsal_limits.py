@@ -62,11 +62,13 @@ def _missing(subject: Subject) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _formats(subject: Subject) -> Iterator[Change]:
-    """A format that one side cannot have here. The other side keeps its own where the gap is corrected."""
+    """A format that one side cannot have here. The other side keeps its own where the gap is corrected; INT4
+    is on both sides or on none.
+    """
     why = _format_obstacle(subject)
     if not why:
         return
-    corrected = subject.config.correction.use_tis
+    corrected = subject.config.correction.use_tis and subject.rollout_format != "int4"
     lost = [setting for setting in FORMATS if not (corrected and _can_have(subject, setting))]
     for setting in lost:
         if subject.resolved.is_explicit(setting) and subject.value(setting) != subject.default(setting):

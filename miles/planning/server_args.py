@@ -39,6 +39,9 @@ def plan_server_args(
     ahead = 2 * guesses.get("speculative_num_draft_tokens", 0)
     if on_gpus:
         args["tp_size"] = config.cluster.rollout_num_gpus_per_engine
+        if config.cluster.colocate:
+            # Without it a server that is told to release its memory keeps it.
+            args["enable_memory_saver"] = True
     else:
         # Left alone, a server takes its memory from what the machine has free.
         args["max_running_requests"] = limits.running_requests

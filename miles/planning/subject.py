@@ -36,7 +36,7 @@ from miles.planning.speculation import SpeculationPlan, drafting_layers, mtp_lay
 from miles.planning.stored_bytes import StoredBytes, stored_bytes
 from miles.planning.threads import ThreadPlan, plan_threads
 from miles.planning.train_kernel import plan_train_kernel
-from miles.planning.workers import WorkersPlan, plan_workers, trainer_ranks
+from miles.planning.workers import WorkersPlan, asks_for_gpus, plan_workers, trainer_ranks
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,7 @@ class Subject:
     @property
     def on_gpus(self) -> bool:
         """Whether the run asks for GPUs: miles' own trainer and engine are placed on none."""
-        scaled = self.config.training.backend == "megatron" or self.config.rollout.backend == "sglang"
-        return scaled and self.config.cluster.actor_num_gpus_per_node > 0
+        return asks_for_gpus(self.config)
 
     @property
     def rollout_format(self) -> Format | None:

@@ -102,6 +102,31 @@ class Control:
             await self._update("/end_weight_update", {}, version)
         return sent
 
+    async def open_update(self) -> bool:
+        """Begin an update by handles; whether this server has sessions, for `close_update`."""
+        return await self._begin_session()
+
+    async def give_handles(self, payloads: Sequence[str], version: int, last: bool) -> None:
+        """One bucket of an update, a payload for each GPU of the server, in the order of its ranks.
+
+        The version changes with the last bucket. The server has copied the tensors when this returns.
+        Raises: UpdateFailed.
+        """
+        body: dict[str, Any] = {
+            "serialized_named_tensors": list(payloads),
+            # Its cache is not there yet: it comes back, empty, after the weights.
+            "flush_cache": False,
+            "abort_all_requests": False,
+        }
+        if last:
+            body["weight_version"] = str(version)
+        await self._update("/update_weights_from_tensor", body, version)
+
+    async def close_update(self, version: int, in_session: bool) -> None:
+        """End an update that `open_update` began. Raises: UpdateFailed."""
+        if in_session:
+            await self._update("/end_weight_update", {}, version)
+
     async def join_group(self, host: str, port: int, size: int, name: str, backend: str) -> None:
         """Join a process group whose rank 0 waits at this address; returns when all have come."""
         body = {

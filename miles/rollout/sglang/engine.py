@@ -20,7 +20,7 @@ from miles.errors import RunError
 from miles.rollout.engine import EngineHealth, GenerateOutput, GenerateRequest, RequestRefused
 from miles.rollout.sglang.continuation import joined, rest_of
 from miles.rollout.sglang.contract import BrokenContract, RouteShape, group_body, read_answer
-from miles.rollout.sglang.control import Broadcaster, Control, PauseMode, UpdateFailed
+from miles.rollout.sglang.control import Broadcaster, Control, MemoryTag, PauseMode, UpdateFailed
 from miles.rollout.sglang.http import ConnectionLost, HttpClient
 from miles.rollout.sglang.weight_payload import with_tied_head
 
@@ -192,6 +192,35 @@ class SglangEngine:
     async def receive_checkpoint(self, checkpoint: Path, version: int) -> None:
         """Let the server read its weights from a directory. Raises: UpdateFailed."""
         await self._update(version, lambda: self.control.update_from_disk(checkpoint, version, self._forgets))
+
+    async def release(self, tags: Sequence[MemoryTag]) -> None:
+        """Give GPU memory to a trainer on the same GPUs; nothing may be decoding."""
+        assert not self._running, "a rollout ends before the trainer's turn"
+        await self.control.release_memory(tags)
+        if "weights" in tags:
+            self._broken = "its weights were given up for the trainer's turn"
+
+    async def reclaim(self, tags: Sequence[MemoryTag]) -> None:
+        """Take GPU memory back, empty."""
+        await self.control.resume_memory(tags)
+
+    async def begin_handles(self, version: int) -> bool:
+        """Begin an update by handles, between turns; whether this server has update sessions."""
+        self._broken = f"receiving weight version {version} failed half way"
+        return await self.control.open_update()
+
+    async def take_handles(self, payloads: Sequence[str], version: int, last: bool) -> None:
+        """One bucket, a payload for each GPU. Raises: UpdateFailed."""
+        await self.control.give_handles(payloads, version, last)
+
+    async def end_handles(self, version: int, in_session: bool) -> None:
+        """The weights are whole. Raises: UpdateFailed when the server says otherwise."""
+        await self.control.close_update(version, in_session)
+        told = await self.control.weight_version()
+        if told != version:
+            what = f"the server says it has weight version {told}"
+            raise UpdateFailed(what, self.http.url, f"{version} was sent")
+        self._version, self._broken = version, ""
 
     @property
     def _forgets(self) -> bool:

@@ -39,7 +39,7 @@ class DraftTraining:
         course: DraftCourse,
     ) -> None:
         self.draft, self.optimizer = draft, optimizer
-        self._chunks, self._wrapped, self._course = chunks, wrapped, course
+        self._chunks, self.wrapped, self._course = chunks, wrapped, course
         self._embedding: Tensor | None = None
 
     def begin(self, batch: TrainBatch, indices_N: np.ndarray) -> DraftUpdate | None:
@@ -70,8 +70,8 @@ class DraftTraining:
 
     def reduce(self) -> None:
         """Sum gradients over the ranks, once all micro-batches are done."""
-        self._wrapped.finish_grad_sync()
-        _allreduce_non_tensor_model_parallel_grads([self._wrapped], self._wrapped.config)
+        self.wrapped.finish_grad_sync()
+        _allreduce_non_tensor_model_parallel_grads([self.wrapped], self.wrapped.config)
 
     def finish(self, tensors: MegatronTensors, learning_rate: float, metrics: dict[str, float]) -> bool:
         """As `native.draft.DraftTraining.finish`; `tensors`: those of the whole model."""

@@ -90,10 +90,12 @@ class MegatronRanks:
     def sum(self, values: Tensor) -> Tensor:
         from megatron.core import parallel_state
 
-        total = values.detach().clone()
+        # NCCL reduces what lies on a GPU only.
+        on_gpu = torch.cuda.is_available() and self.size > 1
+        total = values.detach().to("cuda" if on_gpu else values.device, copy=True)
         if self.size > 1:
             dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        return total
+        return total.to(values.device)
 
     def gather(self, values: Tensor) -> Tensor:
         from megatron.core import parallel_state

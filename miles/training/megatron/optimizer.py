@@ -93,7 +93,7 @@ class MasterAdam:
         for _, group in self._groups():
             group["lr"] = learning_rate
         if self._clip_grad > 0:
-            for optimizer in self._parts():
+            for optimizer in self.parts():
                 decoupled = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
                 clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self._clip_grad, norm, decoupled)
         self._optimizer.step_with_ready_grads()
@@ -139,11 +139,11 @@ class MasterAdam:
         for state in self._state.values():
             state["step"].fill_(updates)
 
-    def _parts(self) -> list[MegatronOptimizer]:
+    def parts(self) -> list[MegatronOptimizer]:
         """Dense and expert parameters have an optimizer each, where their ranks differ."""
         chained = isinstance(self._optimizer, ChainedOptimizer)
         parts = self._optimizer.chained_optimizers if chained else [self._optimizer]
         return [part for part in parts if not part.is_stub_optimizer]
 
     def _groups(self) -> Iterator[tuple[MegatronOptimizer, dict[str, Any]]]:
-        return ((part, group) for part in self._parts() for group in part.param_groups)
+        return ((part, group) for part in self.parts() for group in part.param_groups)

@@ -111,7 +111,7 @@ class ShardedAdam(MasterAdam):
             chunk.start_param_sync(force_sync=True)
 
     def _shards(self) -> list[DistributedOptimizer]:
-        return [part for part in self._parts() if isinstance(part, DistributedOptimizer)]
+        return [part for part in self.parts() if isinstance(part, DistributedOptimizer)]
 
     def _part_of(self, parameter: nn.Parameter) -> DistributedOptimizer | None:
         """The optimizer that has this rank's elements of a parameter; None where the rank has none."""

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from miles.training.megatron.draft import DraftTraining
     from miles.training.megatron.optimizer import MasterAdam
     from miles.training.megatron.passes import Chunks
+    from miles.training.megatron.residence import Held
 
 
 class MegatronTrainer(RolloutTrainer):
@@ -79,6 +80,7 @@ class MegatronTrainer(RolloutTrainer):
         require_expressible(spec)
         self.spec, self.settings, self.dtype, self.source_dir = spec, settings, dtype, source_dir
         self._dist_checkpoints = dist_checkpoints
+        self.layout = layout or MegatronLayout()
         if dist_checkpoints and self.layout.options.distributed_optimizer:
             raise MilesError(
                 "torch_dist checkpoints do not hold a distributed optimizer's state",
@@ -86,7 +88,6 @@ class MegatronTrainer(RolloutTrainer):
                 why="each rank has a part of it, which only the form under published names puts together",
                 fix="leave --ckpt-format out",
             )
-        self.layout = layout or MegatronLayout()
         self.device = torch.device(device) if parallel is None else parallel.device
         open_groups(self.layout, spec.num_layers)
         # Only now: what imports megatron-core must find it fit for this machine.
@@ -188,6 +189,17 @@ class MegatronTrainer(RolloutTrainer):
         entropy = None if entropy is None else self._over_ranks(entropy, batch)
         metrics = self._pass_metrics(measurements.over(self.ranks), model, log_probs)
         return LogProbs(log_probs, entropy, replay and batch.routes is not None, metrics)
+
+    def hold(self, held: Held) -> None:
+        """Keep this much of the trainer on its GPU, while engines have the rest of it."""
+        from miles.training.megatron.residence import hold
+
+        wrapped, optimizers = list(self._chunks.wrapped), list(self.optimizer.parts())
+        if self._draft_training is not None:
+            wrapped.append(self._draft_training.wrapped)
+            optimizers += self._draft_training.optimizer.parts()
+        references = () if self._reference is None else self._reference.bare
+        hold(held, wrapped, optimizers, references, self.device)
 
     def save(self, directory: Path, *, optimizer: bool = True) -> None:
         """Write weights, optimizer moments, counters and knobs into an existing directory.

@@ -100,6 +100,12 @@ class FakeSglang:
         self.paused = False
         return 200, {"status": "ok"}
 
+    async def _on_release_memory_occupation(self, _: Any) -> Answer:
+        return 200, None
+
+    async def _on_resume_memory_occupation(self, _: Any) -> Answer:
+        return 200, None
+
     async def _on_begin_weight_update(self, _: Any) -> Answer:
         self.in_session = True
         return 200, {"success": True}
@@ -111,7 +117,7 @@ class FakeSglang:
     async def _on_update_weights_from_tensor(self, body: Any) -> Answer:
         if self.sessions and not self.in_session:
             return 400, {"success": False, "message": "no weight update is open"}
-        (payload,) = body["serialized_named_tensors"]
+        payload, *_ = body["serialized_named_tensors"]
         bucket = pickle.loads(base64.b64decode(payload))
         self.received |= dict(bucket)
         self.buckets.append([name for name, _ in bucket])
