@@ -57,8 +57,8 @@ class SafetensorsReader:
     def columns(self, entry: TensorEntry, cut: Cut) -> Tensor:
         whole = torch.empty(entry.shape[1], cut.last - cut.first, dtype=DTYPES[entry.dtype])
         descriptor = self._descriptor(entry.file)
-        for row, offset in zip(whole, offsets(entry, cut), strict=True):
-            if not read_into(descriptor, offset, row.view(torch.uint8)):
+        for row, offset in zip(rows_of_bytes(whole), offsets(entry, cut), strict=True):
+            if not _fill(descriptor, offset, row):
                 raise _cut_short(entry)
         return whole.mT.contiguous()
 
@@ -114,7 +114,10 @@ def _cut_short(entry: TensorEntry) -> CheckpointError:
 
 def read_into(descriptor: int, offset: int, raw: Tensor) -> bool:
     """Fill a uint8 tensor from a file; False where the file ends before."""
-    view = memoryview(raw.numpy())
+    return _fill(descriptor, offset, memoryview(raw.numpy()))
+
+
+def _fill(descriptor: int, offset: int, view: memoryview) -> bool:
     while view:
         count = os.preadv(descriptor, [view], offset)
         if count == 0:
@@ -125,10 +128,21 @@ def read_into(descriptor: int, offset: int, raw: Tensor) -> bool:
 
 def write_all(descriptor: int, offset: int, raw: Tensor) -> None:
     """Write a uint8 tensor at a place of a file."""
-    view = memoryview(raw.numpy())
+    put(descriptor, offset, memoryview(raw.numpy()))
+
+
+def put(descriptor: int, offset: int, view: memoryview) -> None:
+    """Write bytes at a place of a file."""
     while view:
         count = os.pwrite(descriptor, view, offset)
         view, offset = view[count:], offset + count
+
+
+def rows_of_bytes(matrix: Tensor) -> Iterator[memoryview]:
+    """The bytes of each row of a contiguous matrix, which may be written to."""
+    whole = memoryview(bytes_of(matrix).numpy())
+    size = matrix.shape[1] * matrix.element_size()
+    return (whole[begin : begin + size] for begin in range(0, len(whole), size))
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

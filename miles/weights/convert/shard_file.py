@@ -12,7 +12,7 @@ from torch import Tensor
 from miles.arch.expert_layout import Cut
 from miles.arch.safetensors_header import TensorEntry
 from miles.weights.convert.moves import Move
-from miles.weights.convert.reader import bytes_of, offsets, write_all
+from miles.weights.convert.reader import bytes_of, offsets, put, rows_of_bytes, write_all
 from miles.weights.convert.shards import Shard
 from miles.weights.safetensors_io import DTYPES
 
@@ -35,8 +35,8 @@ class ShardFile:
     def write_columns(self, held: TensorEntry, cut: Cut, matrix: Tensor) -> None:
         """Put a matrix where it lies in a stacked tensor."""
         descriptor = self._opened()
-        for row, offset in zip(matrix.mT.contiguous(), offsets(held, cut), strict=True):
-            write_all(descriptor, offset, bytes_of(row))
+        for row, offset in zip(rows_of_bytes(matrix.mT.contiguous()), offsets(held, cut), strict=True):
+            put(descriptor, offset, row)
 
     def entries(self, one: Move) -> dict[str, TensorEntry]:
         """The tensors of a weight as a reader finds them."""
