@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,19 @@ class Part:
     values: Mapping[str, tuple[Any, ...]]
     on: frozenset[str] = frozenset({"cpu", "gpu"})
     """Where it runs."""
-    planned: frozenset[str] = frozenset()
-    """What it is going to use where it does not run yet."""
+    gpu_fields: frozenset[str] = frozenset()
+    """Settings that it uses on GPUs beside the others."""
+    gpu_values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """What it takes of some settings there, where that differs; nothing: any value."""
 
     def here(self, on_gpus: bool) -> Part:
-        """This part in a run on GPUs or without: as it is, or not available."""
-        if ("gpu" if on_gpus else "cpu") in self.on:
+        """This part in a run on GPUs or without: as it is there, or not available."""
+        if ("gpu" if on_gpus else "cpu") not in self.on:
+            return replace(self, available=False, values={})
+        if not on_gpus:
             return self
-        return replace(self, available=False, fields=self.planned or self.fields, values={})
+        values = {setting: held for setting, held in {**self.values, **self.gpu_values}.items() if held}
+        return replace(self, fields=self.fields | self.gpu_fields, values=values)
 
     def uses(self, setting: str) -> bool:
         """Whether it lists a setting, by name or with its whole section."""
@@ -77,7 +82,8 @@ def _part(kind: str, name: str, row: Mapping[str, Any]) -> Part:
         fields=frozenset(row["fields"]),
         values=_values(row),
         on=frozenset(row.get("on", ("cpu", "gpu"))),
-        planned=frozenset(row.get("planned", ())),
+        gpu_fields=frozenset(row.get("gpu", {}).get("fields", ())),
+        gpu_values=_values(row.get("gpu", {})),
     )
 
 

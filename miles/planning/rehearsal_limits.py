@@ -37,7 +37,7 @@ def _unused(subject: Subject) -> Iterator[Change]:
     for setting, value in subject.explicit_settings():
         if value == subject.default(setting) or subject.uses(setting):
             continue
-        users = [part for part in table.parts.values() if part.uses(setting)]
+        users = [p for p in table.parts.values() if p.uses(setting) or setting in p.gpu_fields]
         owner = f"only the {users[0].name} {users[0].kind} has it" if users else "only on GPUs"
         yield _reset(subject, setting, owner)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from miles.planning.capabilities import capabilities
+from miles.planning.capabilities import Part, capabilities
 from miles.planning.features import Feature, State, features
 from miles.planning.findings import Found, Severity
 from miles.planning.rules.rule import rule
@@ -39,13 +39,17 @@ def setting_unused(subject: Subject) -> Iterator[Found]:
     for setting, value in subject.explicit_settings():
         if subject.uses(setting) or value == subject.default(setting):
             continue
-        users = [part for part in table.parts.values() if part.available and part.uses(setting)]
+        users = [part for part in table.parts.values() if part.available and _ever_uses(part, setting)]
         instead = "; ".join(f"it belongs to the {part.name} {part.kind}" for part in users)
         yield Found(
             f"{setting} = {_shown(value)}",
             setting,
             instead or table.instead.get(setting, ""),
         )
+
+
+def _ever_uses(part: Part, setting: str) -> bool:
+    return part.uses(setting) or setting in part.gpu_fields
 
 
 @rule(
@@ -103,7 +107,7 @@ def beyond_backend(subject: Subject) -> Iterator[Found]:
 @rule(
     "CAP6",
     Severity.WARNING,
-    title="this was never run on this hardware",
+    title="wired only: this was never run on this hardware",
     cause="it is written against the real library, and no test of this build runs it here",
     fix="watch the gap between trainer and engine closely",
 )

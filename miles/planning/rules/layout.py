@@ -210,7 +210,7 @@ def allgather_in_pipeline(subject: Subject) -> Iterator[Found]:
     fix="use --train-backend native",
 )
 def not_carried(subject: Subject) -> Iterator[Found]:
-    if subject.config.training.backend != "megatron" or subject.on_gpus or subject.spec is None:
+    if subject.config.training.backend != "megatron" or subject.spec is None:
         return
     used = with_mtp(subject.spec, mtp_layers(subject.config, subject.spec.mtp_num_layers))
     obstacle = megatron_obstacle(used)

@@ -17,8 +17,8 @@ SETTINGS = {field.dotted for field in fields()}
 SECTIONS = {field.section for field in fields()}
 TABLE = capabilities()
 AVAILABLE = [part for part in TABLE.parts.values() if part.available]
-USED = TABLE.common.union(*(part.fields for part in AVAILABLE))
-LIMITED = TABLE.values.keys() | {setting for part in AVAILABLE for setting in part.values}
+USED = TABLE.common.union(*(part.fields | part.gpu_fields for part in AVAILABLE))
+LIMITED = TABLE.values.keys() | {s for part in AVAILABLE for s in {**part.values, **part.gpu_values}}
 
 PASSED_ON = "sglang.*"
 """SGLang's own arguments, which its servers take as they are."""
@@ -48,7 +48,8 @@ def test_unsupported_settings_and_unavailable_parts_name_what_works() -> None:
 
 
 def test_supported_values_are_values_of_the_setting() -> None:
-    limits = [*TABLE.values.items(), *(item for part in AVAILABLE for item in part.values.items())]
+    limits = [*TABLE.values.items()]
+    limits += [item for part in AVAILABLE for item in (*part.values.items(), *part.gpu_values.items())]
     for setting, values in limits:
         field = find_key(setting)
         assert field is not None
@@ -75,8 +76,10 @@ def test_what_is_called_used_is_read_by_code() -> None:
     unread = {setting for setting in USED if setting.partition(".")[2] not in read}
     assert "server_args" in read
     unread -= {setting for setting in unread if setting.startswith("sglang.")}
-    # Placement on GPUs: the one supported value says that there is none, so nothing has to read it.
-    assert unread <= {"cluster.actor_num_gpus_per_node"}
+    # One supported value needs no reader, and how many GPUs a node has only bounds what is asked.
+    limits = [values for part in AVAILABLE for values in (part.values, part.gpu_values)]
+    alone = {setting for values in limits for setting, held in values.items() if len(held) == 1}
+    assert unread <= alone | {"cluster.num_gpus_per_node"}
 
 
 def _attributes_read_in(room: str) -> set[str]:
