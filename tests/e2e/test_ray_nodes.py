@@ -20,7 +20,7 @@ from test_ray_cluster import REPOSITORY, free_ports, wait_for_node
 
 from miles.record import RunReader
 
-pytestmark = pytest.mark.scale
+pytestmark = [pytest.mark.scale, pytest.mark.usefixtures("network_namespaces")]
 
 CPUS = 2
 """Of each node. The run needs four: driver 1, trainer 1, engine 1, reward worker 1."""
@@ -83,6 +83,13 @@ class Nodes:
             member.send_signal(signal.SIGKILL)
         self.others[-1].wait(timeout=30)
         return {member.pid for member in family}
+
+
+@pytest.fixture(scope="session")
+def network_namespaces() -> None:
+    """Skips, before anything is started, where this machine allows none."""
+    with own_network():
+        pass
 
 
 @pytest.fixture
