@@ -374,13 +374,13 @@ def _sampling(cli: Cli, step: int) -> bool:
     return any(phase.name == "rollout" and phase.step == step and phase.seconds is None for phase in phases)
 
 
-@pytest.mark.parametrize("transport", ["disk", "broadcast"])
+@pytest.mark.parametrize(("transport", "trainer"), [("disk", "native"), ("broadcast", "megatron")])
 def test_weights_reach_a_run_s_server_on_other_ways_than_http(
-    cli: Cli, server: ServerProcess, transport: str
+    cli: Cli, server: ServerProcess, transport: str, trainer: str
 ) -> None:
     small = ("--num-rollout", "2", "--rollout-batch-size", "4", "--skip-eval-before-train")
     mode = ("--update-weight-transfer-mode", transport, "--check-weight-update-equal")
-    done = cli(*TRAIN, *small, *mode, *ATTACHED, server.url, timeout=300)
+    done = cli(*TRAIN, *small, *mode, "--train-backend", trainer, *ATTACHED, server.url, timeout=300)
     assert done.returncode == 0, done.stderr
     run = cli.only_run()
     assert summary_of(run)["steps"] == 2

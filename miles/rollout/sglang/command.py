@@ -45,9 +45,13 @@ class ServerOptions:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def command_line(options: ServerOptions, host: str, port: int) -> list[str]:
-    """What to execute; the words after the leash are SGLang's own launch command."""
-    args = {**(CPU_ARGS if options.on_cpu else {}), **options.args, "host": host, "port": port}
+def command_line(options: ServerOptions, host: str, port: int, meeting_port: int) -> list[str]:
+    """What to execute; the words after the leash are SGLang's own launch command.
+
+    `meeting_port`: where the processes of the server meet.
+    """
+    ours = {"nccl_port": meeting_port, **(CPU_ARGS if options.on_cpu else {})}
+    args = {**ours, **options.args, "host": host, "port": port}
     start = [str(CPU_SERVER)] if options.on_cpu else ["-m", "sglang.launch_server"]
     python, parent = str(options.python), str(os.getpid())
     return [python, str(LEASH), parent, python, *start, *argument_words(args)]

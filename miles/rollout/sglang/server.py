@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
 import time
+from itertools import islice
 from pathlib import Path
 
 from miles import environment
@@ -17,6 +19,9 @@ from miles.rollout.sglang.command import ServerOptions, command_line
 from miles.rollout.sglang.http import ConnectionLost, HttpClient
 
 LOOPBACK = "127.0.0.1"
+PORTS = range(20_000, 32_000)
+"""Below those that Linux and macOS give out by themselves."""
+_DRAW = random.SystemRandom()
 POLL_S = 0.25
 LAST_LINES = 12
 
@@ -27,7 +32,7 @@ class ServerProcess:
     def __init__(self, options: ServerOptions) -> None:
         """Start it; `wait_ready` returns when it answers. Raises Unavailable when it cannot be executed."""
         self.options = options
-        self.port = free_port()
+        self.port, meeting = free_ports(2)
         self.url = f"http://{LOOPBACK}:{self.port}"
         options.log.parent.mkdir(parents=True, exist_ok=True)
         # What it writes before its log is read begins here; a restarted server goes on in the same file.
@@ -35,7 +40,7 @@ class ServerProcess:
         with options.log.open("ab") as log:
             try:
                 self._process = subprocess.Popen(
-                    command_line(options, LOOPBACK, self.port),
+                    command_line(options, LOOPBACK, self.port, meeting),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -95,11 +100,26 @@ class ServerProcess:
         self._process.wait()
 
 
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that nobody listens on now.
+
+    A server listens a minute after it was told its port. One that the system gives out by itself may then be
+    the near end of somebody's connection, so it is not one of those.
+    """
+    found = list(islice((port for port in _DRAW.sample(PORTS, len(PORTS)) if _is_free(port)), count))
+    if len(found) < count:
+        asked = f"{LOOPBACK}:{PORTS.start} to {PORTS.stop - 1}"
+        raise Unavailable("no free ports for an SGLang server", where=asked)
+    return found
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError:
+            return False
+    return True
 
 
 def last_lines(log: Path, start: int) -> str:

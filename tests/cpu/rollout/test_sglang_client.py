@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -17,12 +18,14 @@ from miles.arch.spec import DenseMlpSpec
 from miles.errors import ConfigError, RunError, Unavailable
 from miles.planning.facts.checkpoint import read_checkpoint
 from miles.rollout.engine import GenerateRequest, RequestRefused, SamplingParams
+from miles.rollout.sglang import server as server_module
 from miles.rollout.sglang.command import ServerOptions, argument_words, command_line
 from miles.rollout.sglang.contract import BrokenContract
 from miles.rollout.sglang.control import UpdateFailed
 from miles.rollout.sglang.engine import SglangEngine, SglangSettings
 from miles.rollout.sglang.http import ConnectionLost, HttpClient
 from miles.rollout.sglang.probe import probe
+from miles.rollout.sglang.server import free_ports
 from miles.rollout.sglang.weight_payload import buckets, encode
 from tests.cpu.rollout.fake_sglang import FakeSglang
 
@@ -312,11 +315,24 @@ def test_the_command_line_says_what_was_asked_for() -> None:
     ]
     python = Path(sys.executable)
     options = ServerOptions(python=python, args={"attention_backend": "triton"}, log=Path("l"))
-    words = command_line(options, "127.0.0.1", 4000)
+    words = command_line(options, "127.0.0.1", 4000, 4001)
     assert words[words.index("--attention-backend") + 1] == "triton", "an explicit argument wins"
     assert words[-4:] == ["--host", "127.0.0.1", "--port", "4000"]
-    on_gpu = command_line(replace(options, on_cpu=False), "127.0.0.1", 4000)
+    assert words[words.index("--nccl-port") + 1] == "4001"
+    on_gpu = command_line(replace(options, on_cpu=False), "127.0.0.1", 4000, 4001)
     assert "sglang.launch_server" in on_gpu and "--device" not in on_gpu
+
+
+def test_ports_are_free_distinct_and_never_those_of_outgoing_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = free_ports(50)
+    assert len(set(found)) == 50 and max(found) < 32768
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", found[0]))
+        monkeypatch.setattr(server_module, "PORTS", range(found[0], found[0] + 1))
+        with pytest.raises(Unavailable, match="no free ports"):
+            free_ports(1)
 
 
 def test_an_address_that_is_none_is_refused() -> None:
