@@ -29,7 +29,7 @@ from miles.record import RecordWriter, RunLayout
 from miles.rollout.engine import EngineHealth, GenerateRequest
 from miles.rollout.sglang.control import MemoryTag
 from miles.rollout.sglang.ipc_payload import encode_handles
-from miles.rollout.sglang.server import free_port
+from miles.rollout.sglang.server import free_ports
 from miles.rollout.sglang.weight_payload import Bucket, buckets, with_tied_head
 from miles.training.megatron.trainer import MegatronTrainer
 from miles.training.trainer import TrainResult
@@ -164,7 +164,7 @@ class TrainerActor:
 
     async def free_port(self) -> int:
         """A port of this machine that nobody has now."""
-        return free_port()
+        return free_ports(1)[0]
 
     async def gpu(self) -> str:
         """The number of this process's GPU on its node; empty without one."""
