@@ -271,7 +271,7 @@ class MegatronTrainer(RolloutTrainer):
             with_entropy=False,
             chunk_tokens=self.settings.log_probs_chunk_size,
         )
-        (output,) = Pass(self._chunks, settings, None).run([micro_batch])
+        output, *_ = Pass(self._chunks, settings, None).run(self._filled([micro_batch]))
         measurements = PassMeasurements(self.spec)
         measurements.add_log_probs(micro_batch, output, batch.newest_rollout_log_probs)
         measurements.add_routing(micro_batch, output.router, replay=False)
@@ -289,9 +289,17 @@ class MegatronTrainer(RolloutTrainer):
         return metrics
 
     def _cut(self, batch: TrainBatch, indices_N: np.ndarray) -> list[MicroBatch]:
-        return cut_micro_batches(
+        found = cut_micro_batches(
             batch, indices_N, self.settings, self.device, self.ranks, self._shares_prompts
         )
+        return self._filled(found)
+
+    def _filled(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """An interleaved pipeline takes them in rounds of its stages; what is added counts for nothing."""
+        if self.layout.virtual_stage_layers is None or not micro_batches:
+            return micro_batches
+        added = replace(micro_batches[-1], padding=True)
+        return [*micro_batches, *[added] * (-len(micro_batches) % self.layout.pp)]
 
     @property
     def _draft_optimizer(self) -> MasterAdam | None:

@@ -94,6 +94,18 @@ def drift(parallel: DataParallel, batches: list[TrainBatch], **how: Any) -> floa
     return float((own - first).abs().max())
 
 
+def interleaved(
+    parallel: DataParallel | None, batches: list[TrainBatch], overlap: bool, **how: Any
+) -> list[dict[str, float]]:
+    """Metrics of training on sequences of one length, where exchanges between stages overlap, or do not."""
+    trainer = make(parallel, **how)
+    for chunk in trainer._chunks.wrapped:
+        chunk.config.overlap_p2p_comm, chunk.config.batch_p2p_comm = overlap, not overlap
+        chunk.config.variable_seq_lengths = False
+    results = [trainer.train_step(batch).metrics for batch in batches]
+    return [{name: row[name] for name in NAMES if name in row} for row in results]
+
+
 def main() -> None:
     rank, size, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     warnings.simplefilter("ignore")

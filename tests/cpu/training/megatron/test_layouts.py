@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from miles.arch import ArchSpec, with_mtp
+from miles.data.batch import TrainBatch
 from miles.planning.layout import Layout, layout_problems
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.options import MegatronOptions
@@ -128,3 +130,35 @@ def test_experts_drift_apart_where_preflight_refuses_the_layout(
     how = {"spec": spec, "settings": settings, "layout": layout, "batches": make_batches(spec, 3)}
     results = world(2, tmp_path / "two", {"drift": ("drift", how)})
     assert results[0]["drift"] == 0 and results[1]["drift"] > 1e-3
+
+
+def of_one_length(batch: TrainBatch) -> TrainBatch:
+    """Four sequences of the most frequent length, all trained on."""
+    lengths, counts = np.unique(batch.lengths, return_counts=True)
+    common = int(lengths[counts.argmax()])
+    found = batch.select((np.flatnonzero(batch.lengths == common).tolist() * 4)[:4])
+    return replace(found, advantages=np.ones(4 * common, dtype=np.float32))
+
+
+def test_an_interleaved_pipeline_of_two_stages_is_wrong_where_preflight_refuses_it(
+    world: Callable[..., Any], tmp_path: Path, spec: ArchSpec, make_batches: Any
+) -> None:
+    """LAY7: both stages are each other's neighbour on both sides; messages of one batch are mixed up, those
+    that overlap are not.
+    """
+    deep = replace(spec, layers=(*spec.layers, spec.layers[-1]))
+    refused = Layout(2, pp=2, virtual_stage_layers=1)
+    assert "LAY7" in [problem.rule for problem in layout_problems(refused, deep)]
+    settings = TrainerSettings(optimizer=SETTINGS.optimizer, micro_batch_size=1, probe_tokens=0)
+    batches = [of_one_length(batch) for batch in make_batches(deep, 1)]
+    how = {"spec": deep, "settings": settings, "batches": batches}
+    layout = MegatronLayout(pp=2, virtual_stage_layers=1)
+    cases = {
+        name: ("interleaved", how | {"layout": layout, "overlap": name == "overlap"})
+        for name in ("overlap", "batch")
+    }
+    two = world(2, tmp_path / "two", cases)[0]
+    (one,) = world(1, tmp_path / "one", {ALONE: ("train", how | {"layout": MegatronLayout()})})
+    right = one[ALONE][0][0]["train/grad_norm"]
+    assert two["overlap"][0]["train/grad_norm"] == pytest.approx(right, rel=1e-4)
+    assert two["batch"][0]["train/grad_norm"] > 2 * right

@@ -221,6 +221,26 @@ def test_mtp_layers_of_another_kind_than_the_last_layer_are_refused_by_name() ->
         require_expressible(odd)
 
 
+def test_a_dense_model_computes_as_ever_where_preflight_refuses_fp8() -> None:
+    """PRC6: without Transformer Engine nothing is rounded, and nothing is said."""
+    spec = spec_from_hf_config(BASE | CASES["qwen2"])
+    open_groups(MegatronLayout(), spec.num_layers)
+    from miles.training.megatron.attention import micro_batch_rows
+    from miles.training.megatron.model import build_chunks
+    from miles.training.megatron.tensors import MegatronTensors
+    from miles.training.megatron.transformer_config import transformer_config
+
+    published = dict(to_published(random_decoder(spec)))
+    outputs = []
+    for fp8 in (None, "e4m3"):
+        config = transformer_config(spec, MegatronLayout(), TrainerSettings(), torch.float32)
+        config.fp8 = fp8
+        (model,) = build_chunks(spec, MegatronLayout(), config, torch.device("cpu"))
+        MegatronTensors(spec, [model], torch.device("cpu")).load(published.items(), where="here")
+        outputs.append(model(micro_batch_rows(packed(spec)[1], MegatronLayout(), spec)))
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.slow
 def test_only_megatron_core_sees_a_replaced_torch_and_none_with_a_gpu() -> None:
     script = """if True:
