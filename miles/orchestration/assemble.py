@@ -40,7 +40,7 @@ from miles.rollout.native.draft import SpeculationSettings
 from miles.rollout.native.engine import EngineSettings
 from miles.rollout.sglang.engine import SglangSettings
 from miles.training.megatron.layout import Implementation, MegatronLayout
-from miles.training.megatron.options import DEFAULTS, MegatronOptions
+from miles.training.megatron.options import MegatronOptions
 from miles.training.settings import (
     AlgorithmSettings,
     FaultInjection,
@@ -101,12 +101,21 @@ def megatron_layout(config: RunConfig, device: str) -> MegatronLayout:
         sequence_parallel=parallel.sequence_parallel,
         implementation=implementation,
         dispatcher=config.training.moe_token_dispatcher_type,
-        options=DEFAULTS if device == "cpu" else _gpu_options(config),
+        options=_cpu_options(config) if device == "cpu" else _gpu_options(config),
     )
 
 
 LAYERS: dict[str, Implementation] = {"cpu": "local", "cuda": "transformer_engine"}
 """Whose layers the Megatron trainer takes where the run file does not say."""
+
+
+def _cpu_options(config: RunConfig) -> MegatronOptions:
+    parallel = config.parallel
+    return MegatronOptions(
+        distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
 
 
 def _gpu_options(config: RunConfig) -> MegatronOptions:

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import nn
 
 from miles.arch import ArchSpec
 from miles.errors import CheckpointError
 from miles.training.megatron.checkpoint import TrainerTensors
+from miles.training.megatron.tensors import OfParameter
 from miles.training.megatron.torch_dist import VERSION, dist_checkpointing, write_description
 from miles.training.native.checkpoint import MASTER, STATE_FILE, read_state
 from miles.training.native.state import TrainerState
@@ -70,7 +72,7 @@ def load_dist_checkpoint(
     tensors.optimizer.reset_masters()
     if tensors.draft is not None:
         tensors.draft.reset_masters()
-    with torch.no_grad():
+    with torch.no_grad(), tensors.optimizer.loading():
         for index, module in enumerate(trained):
             for name, of in tensors.optimizer_state().items():
                 for key, parameter in module.named_parameters():
@@ -95,10 +97,25 @@ def _state(
         for name, of in tensors.optimizer_state().items() if module in trained else ():
             prefix = f"{PREFIX}.{KEYS.get(name, name)}"
             state[f"{name}{index}"] = {
-                key: make_sharded_optimizer_tensor(sharded[key], of(parameter).detach(), prefix)
+                key: make_sharded_optimizer_tensor(sharded[key], _whole(tensors, parameter, of), prefix)
                 for key, parameter in module.named_parameters()
             }
     return state
+
+
+def _whole(tensors: TrainerTensors, parameter: nn.Parameter, of: OfParameter) -> torch.Tensor:
+    """A parameter's state; of a distributed optimizer it is put together from all data-parallel ranks, which
+    ask for the same parameters in the same order.
+    """
+    value = of(parameter).detach()
+    if not tensors.optimizer.shares(parameter):
+        return value
+    dense = getattr(parameter, "allreduce", True)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    group = group if dense else parallel_state.get_expert_data_parallel_group()
+    # Added to zeros as whole numbers, no bit changes.
+    dist.all_reduce(value.view(torch.int32), group=group)
+    return value
 
 
 def _load(directory: Path, state: dict[str, Any], spec: ArchSpec) -> dict[str, Any]:

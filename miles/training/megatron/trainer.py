@@ -22,7 +22,7 @@ from torch import Tensor
 
 from miles.arch.spec import ArchSpec
 from miles.data.batch import TrainBatch
-from miles.errors import MilesError, RunError
+from miles.errors import RunError
 from miles.models.decoder import Decoder
 from miles.models.mtp import MtpDraft
 from miles.training.knobs import Knobs
@@ -81,13 +81,6 @@ class MegatronTrainer(RolloutTrainer):
         self.spec, self.settings, self.dtype, self.source_dir = spec, settings, dtype, source_dir
         self._dist_checkpoints = dist_checkpoints
         self.layout = layout or MegatronLayout()
-        if dist_checkpoints and self.layout.options.distributed_optimizer:
-            raise MilesError(
-                "torch_dist checkpoints do not hold a distributed optimizer's state",
-                where="checkpoint.ckpt_format",
-                why="each rank has a part of it, which only the form under published names puts together",
-                fix="leave --ckpt-format out",
-            )
         self.device = torch.device(device) if parallel is None else parallel.device
         open_groups(self.layout, spec.num_layers)
         # Only now: what imports megatron-core must find it fit for this machine.
@@ -208,6 +201,7 @@ class MegatronTrainer(RolloutTrainer):
         loaded in any layout, and by the native trainer. In Megatron's own form every rank writes, into the
         same directory; without `optimizer`, only published names are.
         """
+        self.optimizer.settle()
         if self._dist_checkpoints and optimizer:
             from miles.training.megatron.dist_checkpoint import save_dist_checkpoint
 
