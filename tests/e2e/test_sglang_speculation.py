@@ -58,7 +58,7 @@ def test_a_draft_served_by_sglang_learns_in_megatron_and_guesses_better(
     """Routes are replayed and log-probs are the policy's own, as without guessing ahead."""
     words = list(TRAIN)
     words[words.index("quickstart")] = "quickstart-mtp"
-    size = ("--num-rollout", "10", "--lr", "2e-3", "--lr-warmup-iters", "0", "--skip-eval-before-train")
+    size = ("--num-rollout", "10", "--lr", "1e-3", "--lr-warmup-iters", "0", "--skip-eval-before-train")
     start = ("--hf-checkpoint", str(untaught), "--train-backend", "megatron")
     done = cli(*words, *size, *start, *ATTACHED, server.url, timeout=600)
     assert done.returncode == 0, done.stderr
