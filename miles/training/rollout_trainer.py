@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from miles.arch.spec import ArchSpec
 from miles.data.batch import TrainBatch
 from miles.training.batch_advantages import with_advantages
 from miles.training.native.batch_checks import require_rollout_log_probs, validate_batch
-from miles.training.native.measurements import PassMeasurements
+from miles.training.native.measurements import DISPATCHED, PassMeasurements
 from miles.training.native.micro_batches import split_optimizer_steps
 from miles.training.native.ranks import Ranks
 from miles.training.native.state import TrainerState
@@ -106,6 +107,35 @@ class RolloutTrainer(ABC):
             batch, more = with_advantages(batch, algorithm)
             metrics |= more
         return batch, metrics
+
+    def _counted(self, update: Update) -> Update:
+        """The step that was taken, once the state counts it."""
+        state, drafts = self.state, self.state.draft_updates
+        self.state = replace(
+            state,
+            step=state.step + 1,
+            updates=state.updates + update.applied,
+            draft_updates=None if drafts is None else drafts + update.draft_applied,
+        )
+        return update
+
+    def _over_ranks(self, own_T: np.ndarray, batch: TrainBatch) -> np.ndarray:
+        """Row values of all ranks in place of this one's, which are 0 elsewhere; NaN on untrained rows."""
+        values_T = self.ranks.sum(torch.from_numpy(own_T)).numpy()
+        values_T[batch.loss_mask == 0] = np.nan
+        return values_T
+
+    def _pass_metrics(
+        self, measurements: PassMeasurements, model: ModelRole, log_probs_T: np.ndarray
+    ) -> dict[str, float]:
+        """Of a pass that gave log-probs, given them for all rows."""
+        if model == "policy":
+            return measurements.metrics()
+        metrics = {"rollout/ref_log_probs": float(np.nanmean(log_probs_T))}
+        agreement = measurements.agreement_metrics()
+        if DISPATCHED in agreement:
+            metrics["route/ref_dispatched_flip_frac"] = agreement[DISPATCHED]
+        return metrics
 
     def _with_log_probs(
         self, batch: TrainBatch, model: ModelRole, name: str

@@ -29,7 +29,7 @@ from miles.training.knobs import Knobs
 from miles.training.megatron.groups import MegatronRanks, open_groups
 from miles.training.megatron.layout import MegatronLayout, require_expressible
 from miles.training.native.batch_checks import validate_batch
-from miles.training.native.measurements import DISPATCHED, PassMeasurements
+from miles.training.native.measurements import PassMeasurements
 from miles.training.native.micro_batches import (
     MicroBatch,
     cut_micro_batches,
@@ -238,15 +238,7 @@ class MegatronTrainer(RolloutTrainer):
             measurements=measurements,
             draft=self._draft_training,
         )
-        update, state = step.run(batch), self.state
-        drafts = state.draft_updates
-        self.state = replace(
-            state,
-            step=state.step + 1,
-            updates=state.updates + update.applied,
-            draft_updates=None if drafts is None else drafts + update.draft_applied,
-        )
-        return update
+        return self._counted(step.run(batch))
 
     def _before_updates(self, batch: TrainBatch) -> dict[str, float]:
         """The gap without routing replay, measured on the same sequences by every data-parallel rank."""
@@ -270,17 +262,6 @@ class MegatronTrainer(RolloutTrainer):
         measurements.add_log_probs(micro_batch, output, batch.newest_rollout_log_probs)
         measurements.add_routing(micro_batch, output.router, replay=False)
         return measurements.gap_metrics(NO_REPLAY) | measurements.agreement_metrics(NO_REPLAY)
-
-    def _pass_metrics(
-        self, measurements: PassMeasurements, model: ModelRole, log_probs_T: np.ndarray
-    ) -> dict[str, float]:
-        if model == "policy":
-            return measurements.metrics()
-        metrics = {"rollout/ref_log_probs": float(np.nanmean(log_probs_T))}
-        agreement = measurements.agreement_metrics()
-        if DISPATCHED in agreement:
-            metrics["route/ref_dispatched_flip_frac"] = agreement[DISPATCHED]
-        return metrics
 
     def _cut(self, batch: TrainBatch, indices_N: np.ndarray) -> list[MicroBatch]:
         found = cut_micro_batches(
@@ -322,9 +303,3 @@ class MegatronTrainer(RolloutTrainer):
                 fix="set model.ref_load, or switch the KL term off",
             )
         return self._reference
-
-    def _over_ranks(self, own_T: np.ndarray, batch: TrainBatch) -> np.ndarray:
-        """Row values of all ranks in place of this one's, which are 0 elsewhere; NaN on untrained rows."""
-        values_T = self.ranks.sum(torch.from_numpy(own_T)).numpy()
-        values_T[batch.loss_mask == 0] = np.nan
-        return values_T

@@ -67,7 +67,8 @@ def transformer_config(
             gradient_accumulation_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
-            apply_rope_fusion=engine,
+            # For latent attention megatron-core has the fused one with YaRN alone.
+            apply_rope_fusion=engine and (attention.latent is None or attention.rope.scaling is not None),
             bias_dropout_fusion=False,
             mtp_num_layers=spec.mtp_num_layers or None,
             **_mlp(spec, layout),

@@ -13,7 +13,6 @@ floating-point sums, except for the load-balancing loss, which is a mean over mi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from miles.training.native.checkpoint import TrainerTensors, load_checkpoint, sa
 from miles.training.native.draft import DraftTraining
 from miles.training.native.forward import forward, make_router
 from miles.training.native.gap_watch import GapWatch
-from miles.training.native.measurements import DISPATCHED, PassMeasurements
+from miles.training.native.measurements import PassMeasurements
 from miles.training.native.micro_batches import cut_micro_batches, trained_sequences
 from miles.training.native.optimizer import MasterAdamW
 from miles.training.native.probe import gap_without_replay
@@ -177,14 +176,7 @@ class NativeTrainer(RolloutTrainer):
                     self.gap_watch.see(decoder, micro_batch, batch, output)
         log_probs = self._over_ranks(log_probs, batch)
         entropy = None if entropy is None else self._over_ranks(entropy, batch)
-        measurements = measurements.over(self.ranks)
-        if model == "policy":
-            metrics = measurements.metrics()
-        else:
-            metrics = {"rollout/ref_log_probs": float(np.nanmean(log_probs))}
-            agreement = measurements.agreement_metrics()
-            if DISPATCHED in agreement:
-                metrics["route/ref_dispatched_flip_frac"] = agreement[DISPATCHED]
+        metrics = self._pass_metrics(measurements.over(self.ranks), model, log_probs)
         return LogProbs(log_probs, entropy, replay and batch.routes is not None, metrics)
 
     def save(self, directory: Path, *, optimizer: bool = True) -> None:
@@ -250,15 +242,7 @@ class NativeTrainer(RolloutTrainer):
             draft=self.draft_training,
             before_update=lambda: self._probe(batch.num_sequences, measurements),
         )
-        update, state = step.run(batch), self.state
-        drafts = state.draft_updates
-        self.state = replace(
-            state,
-            step=state.step + 1,
-            updates=state.updates + update.applied,
-            draft_updates=None if drafts is None else drafts + update.draft_applied,
-        )
-        return update
+        return self._counted(step.run(batch))
 
     def _model(self, model: ModelRole) -> Decoder:
         if model == "policy":
@@ -299,12 +283,6 @@ class NativeTrainer(RolloutTrainer):
         """Of policy and draft, under native names."""
         own = self.optimizer.parameters
         return own if self.draft is None else joint(own, dict(self.draft.named_parameters()))
-
-    def _over_ranks(self, own_T: np.ndarray, batch: TrainBatch) -> np.ndarray:
-        """Row values of all ranks in place of this one's, which are 0 elsewhere; NaN on untrained rows."""
-        values_T = self.ranks.sum(torch.from_numpy(own_T)).numpy()
-        values_T[batch.loss_mask == 0] = np.nan
-        return values_T
 
     @property
     def _tensors(self) -> TrainerTensors:
