@@ -50,6 +50,8 @@ def cuts(stack: str, shape: Shape) -> Iterator[tuple[str, Cut]]:
 
 def stacks(spec: ArchSpec) -> dict[str, Shape]:
     """The tensors that the model's family publishes stacked; none for most families."""
+    if spec.moe is None or not spec.moe.stacked:
+        return {}
     return {name: shape for name, shape in published_tensors(spec).items() if is_stack(name)}
 
 

@@ -185,7 +185,7 @@ class Subject:
         wanted = self.config.alignment.use_rollout_routing_replay
         return self.spec is not None and self.spec.is_moe if wanted is None else wanted
 
-    @property
+    @cached_property
     def precision(self) -> PrecisionPolicy | None:
         """How every published tensor is stored and computed with, where the model is known."""
         if self.spec is None or self.dtype is None or self.rollout_format is None:
