@@ -87,8 +87,9 @@ def apply_chat_template(scene: Scene) -> Suggestion | None:
 
 
 def reward_choices() -> tuple[str, ...]:
-    """Verifiers that a run can use today, and `custom`."""
-    return (*map(str, capabilities().values.get("reward.rm_type", ())), CUSTOM)
+    """Verifiers that a run can use today, and `custom`; one that judges nothing is for rehearsals."""
+    usable = map(str, capabilities().values.get("reward.rm_type", ()))
+    return (*(name for name in usable if name != "random"), CUSTOM)
 
 
 def rm_type(scene: Scene) -> Suggestion | None:

@@ -109,16 +109,26 @@ def test_routes_shifted_by_one_row_or_layer_stand_out(axis, rolled_out) -> None:
 
 def dialogue_of(spec: ArchSpec, trainer: NativeTrainer) -> tuple[list[Sample], list[np.ndarray]]:
     """Responses of a bf16 engine in three turns with two words of a tool between them, and the routes of the
-    last reading alone.
+    last reading alone. Each turn's routers are off by about one percent, so that readings choose otherwise
+    as they do where prefill and decode round differently.
     """
+    noise = torch.Generator().manual_seed(5)
+
+    def of_turn() -> list[tuple[str, torch.Tensor]]:
+        return [
+            (name, tensor * (1 + 0.01 * torch.randn(tensor.shape, generator=noise)))
+            if name.endswith("mlp.gate.weight")
+            else (name, tensor)
+            for name, tensor in trainer.named_weights()
+        ]
 
     async def speak() -> tuple[list[Sample], list[np.ndarray]]:
         engine = NativeEngine(spec, EngineSettings(max_context_len=64, seed=3, dtype=torch.bfloat16))
-        await engine.receive_weights(trainer.named_weights(), version=1)
         sampling = SamplingParams(max_new_tokens=8, temperature=TEMPERATURE)
         samples = [Sample(prompt="", tokens=[3 + i % 20, 7, 11], group_index=i, index=i) for i in range(48)]
         last = [np.zeros(0)] * len(samples)
         for turn in range(3):
+            await engine.receive_weights(of_turn(), version=1)
             asked = [
                 GenerateRequest(input_ids=sample.tokens, sampling=sampling, sample_key=i)
                 for i, sample in enumerate(samples)
@@ -152,7 +162,7 @@ def test_turns_of_a_bf16_engine_are_replayed_as_their_log_probs_were_made(
     batch = pack(samples)
     assert batch.routes is not None and batch.routes.min() >= 0, "every row was read in some turn"
     differs = np.concatenate(last) != batch.routes
-    assert 0 < differs.mean() < 0.05, "prefill and decode disagree on a few routes"
+    assert 0 < differs.mean() < 0.05, "readings disagree on a few routes"
     dispatched.clear()
     first = trainer.log_probs(batch).metrics
     np.testing.assert_array_equal(torch.stack(dispatched, 1).to(torch.int16).numpy(), batch.routes)
