@@ -17,11 +17,12 @@ ECHOED = "same as "
 def plan_lines(plan: Plan) -> Iterator[str]:
     """The plan in lines, without colour."""
     model, batch = plan.model, plan.batch
-    yield line("model", f"{model.checkpoint} · {model.architecture} · {plan.dtype}")
+    yield line("model", " · ".join(filter(None, (model.checkpoint, model.architecture, plan.dtype))))
+    weights = f" · weights: {model.weights}" if model.weights else ""
     yield line(
         "",
         f"{model.parameters:,} parameters ({model.active_parameters:,} active), "
-        f"{count(model.layers, 'layer')}, {model.moe_layers} of them MoE · weights: {model.weights}",
+        f"{count(model.layers, 'layer')}, {model.moe_layers} of them MoE{weights}",
     )
     yield line(
         "runs on",

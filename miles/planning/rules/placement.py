@@ -27,7 +27,13 @@ def too_few_gpus(subject: Subject) -> Iterator[Found]:
     placement, hardware = plan_placement(subject.config), subject.hardware
     if placement.total_gpus > hardware.num_gpus:
         there = str(hardware) if hardware.kind else "this machine has none"
-        yield Found(f"{placement.arithmetic} GPUs; {there}", "cluster.actor_num_gpus_per_node")
+        kind = hardware.kind.name if hardware.kind else "H100"
+        yield Found(
+            f"{placement.arithmetic} GPUs; {there}",
+            "cluster.actor_num_gpus_per_node",
+            "lower the numbers, share GPUs with --colocate, or plan for the cluster it will run on: "
+            f"--assume-hardware {placement.total_gpus}x{kind}",
+        )
 
 
 @rule(
