@@ -11,6 +11,7 @@ from alignment_support import QUICKSTART, SPECS, Sides, Traffic, needs_blocks, w
 from miles.models.numerics import FAST
 
 DTYPES = (torch.float32, torch.bfloat16)
+LONG_IN_BF16 = (torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow))
 MIXED = Traffic()
 CASES = {
     "one request at a time": replace(MIXED, slots=1),
@@ -28,7 +29,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LONG_IN_BF16, ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_no_log_prob_differs(name: str, dtype: torch.dtype, exact) -> None:
     sides = Sides(SPECS[name], exact(SPECS[name], dtype), dtype)
@@ -42,7 +43,7 @@ def test_neither_batch_nor_order_nor_sharing_shows_in_the_bits(case: str, exact)
     assert compared > 100 and wrong == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LONG_IN_BF16, ids=str)
 def test_random_traffic(dtype: torch.dtype, exact) -> None:
     sides = Sides(QUICKSTART, exact(QUICKSTART, dtype), dtype)
     generator = torch.Generator().manual_seed(1)

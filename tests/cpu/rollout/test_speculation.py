@@ -70,7 +70,7 @@ def test_certain_guesses_leave_every_token_as_it_is(
     ("moe", "dtype"),
     [
         pytest.param(True, torch.float32, id="moe"),
-        pytest.param(False, torch.float32, id="dense"),
+        pytest.param(False, torch.float32, id="dense", marks=pytest.mark.slow),
         pytest.param(True, torch.bfloat16, id="moe in bf16", marks=pytest.mark.slow),
     ],
 )

@@ -33,6 +33,7 @@ def step(tmp_path: Path) -> Path:
     return tmp_path / "step-000002"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_goes_on_from_a_converted_step_on_two_ranks(
     dtype, spec, two_ranks, make_batch, step, tmp_path
