@@ -30,7 +30,7 @@ check: install
 	$(RUN) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not scale" tests/cpu
 
 test: check
-	$(RUN) $(BIN)/python -m pytest -n 3 --dist worksteal -m "slow and not gpu and not scale" tests
+	$(RUN) $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu and not scale" tests
 
 # SGLang pins its own torch, so its server has an environment of its own. Its argument table is read from it.
 sglang-cpu: $(SGLANG_STAMP)
