@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from miles.training.settings import OptimizerSettings
 
@@ -34,24 +35,13 @@ class MasterAdamW:
         self.masters: dict[str, Tensor] = {
             name: p if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()
         }
-        trained = [m for name, m in self.masters.items() if parameters[name].requires_grad]
-        matrices = [m for m in trained if m.ndim >= 2]
-        vectors = [m for m in trained if m.ndim < 2]
-        self._adam = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": settings.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=settings.lr,
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_eps,
-            fused=True,
-        )
-        for master in self.masters.values():
-            self._adam.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                **{moment: torch.zeros_like(master) for moment in MOMENTS},
-            }
+        self._moments = {m: {n: torch.zeros_like(x) for n, x in self.masters.items()} for m in MOMENTS}
+        self._updates = {n: torch.zeros((), device=x.device) for n, x in self.masters.items()}
+        self._betas, self._eps = (settings.adam_beta1, settings.adam_beta2), settings.adam_eps
+        trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        matrices = [name for name in trained if parameters[name].ndim >= 2]
+        vectors = [name for name in trained if parameters[name].ndim < 2]
+        self._decays = ((matrices, settings.weight_decay), (vectors, 0.0))
 
     def accumulate(self) -> None:
         """Add the model's low-precision gradients to the masters' and clear them. Once per micro-batch."""
@@ -82,12 +72,11 @@ class MasterAdamW:
     def apply(self, learning_rate: float, norm: float) -> None:
         """Clip to `clip_grad` given the global norm, update masters and model, clear the gradients."""
         if self.clip_grad > 0 and norm > self.clip_grad:
-            trained = (master for group in self._adam.param_groups for master in group["params"])
+            trained = (self.masters[name] for names, _ in self._decays for name in names)
             torch._foreach_mul_([m.grad for m in trained], self.clip_grad / (norm + 1e-6))
-        for group in self._adam.param_groups:
-            group["lr"] = learning_rate
-        self._adam.step()
         with torch.no_grad():
+            for names, weight_decay in self._decays:
+                self._update(names, learning_rate, weight_decay)
             self._copy_masters()
         self.clear()
 
@@ -106,7 +95,7 @@ class MasterAdamW:
 
     def moments(self, moment: str) -> dict[str, Tensor]:
         """One of `MOMENTS` for every parameter, under native names (live tensors)."""
-        return {name: self._adam.state[m][moment] for name, m in self.masters.items()}
+        return self._moments[moment]
 
     @property
     def low_precision(self) -> bool:
@@ -116,12 +105,34 @@ class MasterAdamW:
     @property
     def updates(self) -> int:
         """How many updates the moments have seen."""
-        return int(max(self._adam.state[m]["step"].item() for m in self.masters.values()))
+        return int(max(count.item() for count in self._updates.values()))
 
     def set_updates(self, updates: int) -> None:
         """Restore the count that bias correction reads."""
-        for master in self.masters.values():
-            self._adam.state[master]["step"].fill_(updates)
+        for count in self._updates.values():
+            count.fill_(updates)
+
+    def _update(self, names: list[str], learning_rate: float, weight_decay: float) -> None:
+        """Move masters, moments and counts.
+
+        Not by the class `torch.optim.AdamW`: it imports torch's compiler, 1.7 s at the start of every run.
+        """
+        trained = [name for name in names if self.masters[name].grad is not None]
+        adamw(
+            [self.masters[name] for name in trained],
+            [self.masters[name].grad for name in trained],
+            *([self._moments[moment][name] for name in trained] for moment in MOMENTS),
+            max_exp_avg_sqs=[],
+            state_steps=[self._updates[name] for name in trained],
+            fused=True,
+            amsgrad=False,
+            beta1=self._betas[0],
+            beta2=self._betas[1],
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            eps=self._eps,
+            maximize=False,
+        )
 
     def _copy_masters(self) -> None:
         for name, master in self.masters.items():
