@@ -4,7 +4,7 @@ published matrices they are made. Trainer (`fake_quantise`) and engine (`held_we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -77,18 +77,27 @@ def rounded_parameters(
     views = views_with_origin(spec, shapes)
     for origin, group in groupby(views, key=lambda view: view[0]):
         pieces = {name: view.shape[0] for _, name, view in group}
-        formats = {form(name) for name in pieces}
-        target = next((f for f in formats if not f.is_plain), None)
+        target = one_format(list(pieces), form)
         if target is None:
             continue
-        if len(formats) > 1:
-            raise ConfigError(_split(list(pieces), form))
         assert target.name in NATIVE_FORMATS, f"preflight refuses {target}"
         found[origin] = Rounded(target, pieces)
     return found
 
 
-def _split(names: list[str], form: Callable[[str], NumberFormat]) -> MilesError:
+def one_format(names: Sequence[str], form: Callable[[str], NumberFormat]) -> NumberFormat | None:
+    """The quantised format of weights that are multiplied as one matrix; None where they are plain.
+
+    Raises ConfigError where they have two formats, which no product has.
+    """
+    formats = {form(name) for name in names}
+    target = next((f for f in formats if not f.is_plain), None)
+    if target is not None and len(formats) > 1:
+        raise ConfigError(_split(names, form))
+    return target
+
+
+def _split(names: Sequence[str], form: Callable[[str], NumberFormat]) -> MilesError:
     kept = next(name for name in names if form(name).is_plain)
     other = next(name for name in names if not form(name).is_plain)
     return MilesError(

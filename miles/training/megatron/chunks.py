@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,10 +14,12 @@ from miles.training.draft_course import DraftCourse
 from miles.training.megatron.draft import DraftTraining
 from miles.training.megatron.draft_model import DraftModel
 from miles.training.megatron.layout import MegatronLayout
-from miles.training.megatron.model import build_chunks, keep_biases_in_fp32
+from miles.training.megatron.model import PolicyModel, build_chunks, keep_biases_in_fp32
 from miles.training.megatron.optimizer import MasterAdam, wrapped_for_training
 from miles.training.megatron.options import DEFAULTS
 from miles.training.megatron.passes import Chunks
+from miles.training.megatron.places import Shard, draft_places, places
+from miles.training.megatron.rounded_weights import RoundedLayers, fake_quantise, int4_policy
 from miles.training.megatron.transformer_config import transformer_config
 from miles.training.settings import TrainerSettings
 
@@ -33,7 +36,7 @@ def built(
     bare = [chunk.to(dtype).requires_grad_(False) for chunk in build_chunks(spec, layout, config, device)]
     for chunk in bare:
         keep_biases_in_fp32(chunk)
-    return Chunks(spec, layout, bare, bare)
+    return Chunks(spec, layout, bare, bare, _rounded(bare, spec, settings))
 
 
 def training_chunks(
@@ -46,7 +49,15 @@ def training_chunks(
     """A model without weights, wrapped for training."""
     config = transformer_config(spec, layout, settings, dtype)
     bare = build_chunks(spec, layout, config, device)
-    return Chunks(spec, layout, wrapped_for_training(bare, config, layout), bare)
+    rounded = _rounded(bare, spec, settings)
+    return Chunks(spec, layout, wrapped_for_training(bare, config, layout), bare, rounded)
+
+
+def _rounded(bare: Sequence[PolicyModel], spec: ArchSpec, settings: TrainerSettings) -> RoundedLayers:
+    layers: RoundedLayers = {}
+    for chunk in bare:
+        layers |= fake_quantise(int4_policy(settings), chunk, places(chunk, spec, Shard.current()))
+    return layers
 
 
 def built_draft(
@@ -62,6 +73,7 @@ def built_draft(
     config = transformer_config(spec, layout, settings, dtype)
     draft = DraftModel(spec, layout, config).to(device, dtype).requires_grad_(False)
     keep_biases_in_fp32(draft)
+    fake_quantise(int4_policy(settings), draft, draft_places(draft, spec, Shard.current()))
     return draft
 
 

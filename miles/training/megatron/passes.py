@@ -22,6 +22,7 @@ from miles.training.megatron.groups import from_last_stage
 from miles.training.megatron.head import trained_log_probs
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.model import PolicyModel
+from miles.training.megatron.rounded_weights import RoundedLayers
 from miles.training.megatron.routes import ForwardRoutes, SeenRoutes
 from miles.training.native.forward import ForwardOutput
 from miles.training.native.micro_batches import MicroBatch
@@ -50,12 +51,16 @@ class PassSettings:
 
 @dataclass(frozen=True)
 class Chunks:
-    """This process's part of one model, as it is trained: each chunk may be wrapped."""
+    """This process's part of one model, as it is trained: each chunk may be wrapped.
+
+    rounded: what its forward rounds, by decoder layer.
+    """
 
     spec: ArchSpec
     layout: MegatronLayout
     wrapped: Sequence[nn.Module]
     bare: Sequence[PolicyModel]
+    rounded: RoundedLayers
 
 
 class Pass:

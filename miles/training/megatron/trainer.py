@@ -38,6 +38,7 @@ from miles.training.native.micro_batches import (
 )
 from miles.training.native.probe import NO_REPLAY, probed_sequences
 from miles.training.native.process_group import DataParallel
+from miles.training.native.rounding_watch import RoundingWatch
 from miles.training.native.state import TrainerState
 from miles.training.native.update import Update
 from miles.training.rollout_trainer import RolloutTrainer
@@ -86,6 +87,7 @@ class MegatronTrainer(RolloutTrainer):
         # Only now: what imports megatron-core must find it fit for this machine.
         from miles.training.megatron.chunks import built, built_draft, draft_training, training_chunks
         from miles.training.megatron.optimizer import MasterAdam
+        from miles.training.megatron.rounded_weights import int4_policy
         from miles.training.megatron.sharded_adam import ShardedAdam
         from miles.training.megatron.tensors import MegatronTensors
 
@@ -104,6 +106,10 @@ class MegatronTrainer(RolloutTrainer):
         adam = ShardedAdam if self.layout.options.distributed_optimizer else MasterAdam
         self.optimizer = adam(self._chunks.wrapped, settings.optimizer, dtype, self.layout)
         self._reference: Chunks | None = None
+        self._rounding: RoundingWatch | None = None
+        if int4_policy(settings) is not None:
+            rounded = self._chunks.rounded
+            self._rounding = RoundingWatch({layer: rounded.get(layer, []) for layer in range(spec.num_layers)})
         knobs = Knobs.from_settings(settings)
         self.state = TrainerState(
             knobs=knobs, configured=knobs, draft_updates=0 if settings.train_mtp else None
@@ -244,6 +250,8 @@ class MegatronTrainer(RolloutTrainer):
         """The gap without routing replay, measured on the same sequences by every data-parallel rank."""
         from miles.training.megatron.passes import Pass, PassSettings
 
+        if self._rounding is not None:
+            self._rounding.measure()
         probed = probed_sequences(batch, self.settings)
         if probed is None:
             return {}
@@ -262,6 +270,11 @@ class MegatronTrainer(RolloutTrainer):
         measurements.add_log_probs(micro_batch, output, batch.newest_rollout_log_probs)
         measurements.add_routing(micro_batch, output.router, replay=False)
         return measurements.gap_metrics(NO_REPLAY) | measurements.agreement_metrics(NO_REPLAY)
+
+    def _after_updates(self) -> dict[str, float]:
+        from miles.training.megatron.rounded_weights import over_all_ranks
+
+        return {} if self._rounding is None else self._rounding.metrics(over_all_ranks)
 
     def _cut(self, batch: TrainBatch, indices_N: np.ndarray) -> list[MicroBatch]:
         found = cut_micro_batches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,29 +11,30 @@ from miles.models.decoder import Decoder
 from miles.models.projections import Projections
 from miles.precision.fake_operands import FakeOperands
 from miles.precision.rounding_sums import COUNT, shares
-from miles.training.native.ranks import Ranks
 
 KINDS = ("weight", "activation")
 
 
 class RoundingWatch:
-    """The rounded matrices of a decoder's layers. `measure` before a forward, `metrics` after it."""
+    """The rounded matrices of a decoder's layers. `measure` before a forward, `metrics` after it.
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._layers = {
-            index: operands
-            for index, layer in enumerate(decoder.layers)
-            if (operands := list(_operands(layer)))
-        }
+    layers: those of this rank by layer; every rank names the same layers, with nothing in some.
+    """
+
+    def __init__(self, layers: Mapping[int, Sequence[FakeOperands]]) -> None:
+        self._layers = layers
 
     def measure(self) -> None:
         """Measure the next forward: all weights, and the activations of its first product with each."""
         for operands in self._all():
             operands.measure()
 
-    def metrics(self, ranks: Ranks) -> dict[str, float]:
-        """`precision/…` of each layer and of all together; what was not measured is absent. Collective."""
-        sums = ranks.sum(self._sums())
+    def metrics(self, over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """`precision/…` of each layer and of all together; what was not measured is absent.
+
+        over_ranks: the sum over all ranks, a collective.
+        """
+        sums = over_ranks(self._sums())
         metrics = {}
         for kind, of_kind in zip(KINDS, sums.unbind(1), strict=True):
             for name, share in shares(of_kind.sum(0)).items():
@@ -56,6 +57,12 @@ class RoundingWatch:
     def _all(self) -> Iterator[FakeOperands]:
         for operands in self._layers.values():
             yield from operands
+
+
+def rounded_layers(decoder: Decoder) -> dict[int, list[FakeOperands]]:
+    """What a trainer's decoder rounds, by layer; layers without any are left out."""
+    found = {index: list(_operands(layer)) for index, layer in enumerate(decoder.layers)}
+    return {index: operands for index, operands in found.items() if operands}
 
 
 def _operands(layer: torch.nn.Module) -> Iterator[FakeOperands]:

@@ -37,7 +37,7 @@ from miles.training.native.micro_batches import cut_micro_batches, trained_seque
 from miles.training.native.optimizer import MasterAdamW
 from miles.training.native.probe import gap_without_replay
 from miles.training.native.ranks import OneRank, Ranks
-from miles.training.native.rounding_watch import RoundingWatch
+from miles.training.native.rounding_watch import RoundingWatch, rounded_layers
 from miles.training.native.shared_prompts import may_share_prompts
 from miles.training.native.state import TrainerState
 from miles.training.native.tensor_layout import TensorLayout, WholeTensors
@@ -94,7 +94,7 @@ class NativeTrainer(RolloutTrainer):
         self._probed: dict[str, float] = {}
         if settings.precision is not None:
             fake_quantise(settings.precision, self.decoder, self.draft)
-            self._rounding = RoundingWatch(self.decoder)
+            self._rounding = RoundingWatch(rounded_layers(self.decoder))
         self.draft_training = self._make_draft_training()
         knobs = Knobs.from_settings(settings)
         self.state = TrainerState(
@@ -202,7 +202,7 @@ class NativeTrainer(RolloutTrainer):
         return {}
 
     def _after_updates(self) -> dict[str, float]:
-        rounding = {} if self._rounding is None else self._rounding.metrics(self.ranks)
+        rounding = {} if self._rounding is None else self._rounding.metrics(self.ranks.sum)
         return self._probed | rounding
 
     def _probe(self, seen: int, measurements: PassMeasurements | None) -> None:

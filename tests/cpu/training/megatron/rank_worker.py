@@ -32,6 +32,7 @@ NAMES = (
     "train/mtp_loss",
     "train/mtp_grad_norm",
     "train/mtp_accuracy/depth_1",
+    "precision/weight_error",
 )
 
 

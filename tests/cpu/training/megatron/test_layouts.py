@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from miles.arch import ArchSpec, with_mtp
+from miles.arch.precision import NumberFormat, precision_policy
 from miles.data.batch import TrainBatch
 from miles.planning.layout import Layout, layout_problems
 from miles.training.megatron.layout import MegatronLayout
@@ -43,6 +44,8 @@ LAYOUTS = {
 }
 ALONE, ALL_CUT = "one process", "TP2 with sequence parallelism and ETP2"
 DEALT_OUT = "EP2, distributed optimizer, gathered in forward"
+ROUNDED = {f"INT4 QAT, {name}": LAYOUTS[name] for name in (ALL_CUT, "PP2, sequences of many lengths", DEALT_OUT)}
+ROUNDED_ALONE = f"INT4 QAT, {ALONE}"
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +60,23 @@ def outcomes(
     """Results of rank 0 and 1 by layout, and of one process."""
     root = tmp_path_factory.mktemp("layouts")
     how = {"spec": mtp_spec, "settings": SETTINGS, "batches": make_batches(mtp_spec, 5)}
+    int4 = NumberFormat("int4", group_size=4)
+    policy = precision_policy(mtp_spec, "fp32", int4, int4)
+    rounds = how | {"settings": replace(SETTINGS, precision=policy)}
     cases = {name: ("train", how | {"layout": layout}) for name, layout in LAYOUTS.items()}
+    cases |= {name: ("train", rounds | {"layout": layout}) for name, layout in ROUNDED.items()}
     both = world(2, root / "two", cases)
-    (one,) = world(1, root / "one", {ALONE: ("train", how | {"layout": MegatronLayout()})})
-    return {name: (both[0][name], both[1][name]) for name in LAYOUTS} | one
+    alone = {ALONE: how, ROUNDED_ALONE: rounds}
+    (one,) = world(1, root / "one", {n: ("train", h | {"layout": MegatronLayout()}) for n, h in alone.items()})
+    return {name: (both[0][name], both[1][name]) for name in cases} | one
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *ROUNDED])
 def test_two_processes_equal_one(layout: str, outcomes: dict[str, Any]) -> None:
     (first, weights), (second, _) = outcomes[layout]
-    expected, alone = outcomes[ALONE]
+    expected, alone = outcomes[ROUNDED_ALONE if layout in ROUNDED else ALONE]
     assert first == second
+    assert ("precision/weight_error" in first[0]) == (layout in ROUNDED)
     for step, (row, right) in enumerate(zip(first, expected, strict=True)):
         assert row["train/loss"] == pytest.approx(right["train/loss"], abs=1e-4), step
         assert row["train/grad_norm"] == pytest.approx(right["train/grad_norm"], rel=1e-3), step
