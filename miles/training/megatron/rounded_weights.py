@@ -31,9 +31,7 @@ def int4_policy(settings: TrainerSettings) -> PrecisionPolicy | None:
     return policy if policy is not None and policy.training.name == "int4" else None
 
 
-def fake_quantise(
-    policy: PrecisionPolicy | None, module: nn.Module, found: Iterable[Place]
-) -> RoundedLayers:
+def fake_quantise(policy: PrecisionPolicy | None, module: nn.Module, found: Iterable[Place]) -> RoundedLayers:
     """Let `module`, whose parameters have these places, multiply what the policy says from now on.
 
     A range of columns, as tensor parallelism cuts it, is whole groups, or its first forward raises

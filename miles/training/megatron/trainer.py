@@ -109,7 +109,9 @@ class MegatronTrainer(RolloutTrainer):
         self._rounding: RoundingWatch | None = None
         if int4_policy(settings) is not None:
             rounded = self._chunks.rounded
-            self._rounding = RoundingWatch({layer: rounded.get(layer, []) for layer in range(spec.num_layers)})
+            self._rounding = RoundingWatch(
+                {layer: rounded.get(layer, []) for layer in range(spec.num_layers)}
+            )
         knobs = Knobs.from_settings(settings)
         self.state = TrainerState(
             knobs=knobs, configured=knobs, draft_updates=0 if settings.train_mtp else None

@@ -44,7 +44,9 @@ LAYOUTS = {
 }
 ALONE, ALL_CUT = "one process", "TP2 with sequence parallelism and ETP2"
 DEALT_OUT = "EP2, distributed optimizer, gathered in forward"
-ROUNDED = {f"INT4 QAT, {name}": LAYOUTS[name] for name in (ALL_CUT, "PP2, sequences of many lengths", DEALT_OUT)}
+ROUNDED = {
+    f"INT4 QAT, {name}": LAYOUTS[name] for name in (ALL_CUT, "PP2, sequences of many lengths", DEALT_OUT)
+}
 ROUNDED_ALONE = f"INT4 QAT, {ALONE}"
 
 
@@ -67,7 +69,9 @@ def outcomes(
     cases |= {name: ("train", rounds | {"layout": layout}) for name, layout in ROUNDED.items()}
     both = world(2, root / "two", cases)
     alone = {ALONE: how, ROUNDED_ALONE: rounds}
-    (one,) = world(1, root / "one", {n: ("train", h | {"layout": MegatronLayout()}) for n, h in alone.items()})
+    (one,) = world(
+        1, root / "one", {n: ("train", h | {"layout": MegatronLayout()}) for n, h in alone.items()}
+    )
     return {name: (both[0][name], both[1][name]) for name in cases} | one
 
 
