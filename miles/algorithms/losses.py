@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from miles.algorithms.importance import ImportanceCorrection, bound_weights, importance_weights
+from miles.algorithms.corrections import Corrected, CorrectionRows, CustomCorrection, correct
+from miles.algorithms.importance import ImportanceCorrection
 from miles.algorithms.kl import KlKind, approximate_kl
 from miles.algorithms.opsm import off_policy_mask
 from miles.algorithms.policy_objective import (
@@ -21,6 +22,7 @@ from miles.algorithms.policy_objective import (
     policy_gradient_loss,
     probability_ratio,
 )
+from miles.algorithms.rejection import Rejection
 from miles.algorithms.sequences import Sequences
 
 
@@ -35,17 +37,33 @@ class PolicyLossSettings:
     use_unbiased_kl: bool = False
     entropy_coef: float = 0.0
     correction: ImportanceCorrection | None = None
+    rejection: Rejection | None = None
+    mismatch_metrics: bool = False
+    custom_correction: CustomCorrection | None = None
+    """Takes the place of `correction` and `rejection`."""
     opsm_delta: float | None = None
+
+    @property
+    def reads_rollout_log_probs(self) -> bool:
+        """Whether the loss, or what it reports, needs the engine's log-prob of every trained token."""
+        corrects = self.correction or self.rejection or self.custom_correction
+        return corrects is not None or self.mismatch_metrics
+
+    @property
+    def normalizes_weights(self) -> bool:
+        """Whether importance weights are divided by their mean over the step."""
+        correction = self.correction
+        return correction is not None and correction.applied and correction.batch_normalize
 
 
 @dataclass(frozen=True)
 class LossRows:
     """Rows of one micro-batch, T rows of N sequences, all float32 [T] unless said otherwise.
 
-    `weights_T` come from `reductions.token_weights` over the whole step and `sequence_weight` is 1 /
-    (sequences of the step). `log_probs_T` and `entropy_T` carry gradient; the rest does not. On masked rows
-    the old, engine and reference log-probs may be NaN, everything else is finite. `reference_T` switches
-    the KL term on.
+    `weights_T` come from `reductions.token_weights` over the whole step, `weight_scale` from
+    `importance.mean_weight`, and `sequence_weight` is 1 / (sequences of the step). `log_probs_T` and
+    `entropy_T` carry gradient; the rest does not. On masked rows the old, engine and reference log-probs may
+    be NaN, everything else is finite. `reference_T` switches the KL term on.
     """
 
     log_probs_T: Tensor
@@ -58,6 +76,7 @@ class LossRows:
     rollout_log_probs_T: Tensor | None = None
     reference_T: Tensor | None = None
     entropy_T: Tensor | None = None
+    weight_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,8 +91,9 @@ def policy_loss(rows: LossRows, settings: PolicyLossSettings) -> LossOutput:
     """Policy-gradient loss - entropy_coef * entropy + kl_loss_coef * KL, reduced with `rows.weights_T`.
 
     Metrics: loss, pg_loss, pg_clipfrac, ppo_kl (mean lp_old - lp), ess_ratio (per sequence
-    (sum r)^2 / (n sum r^2)), log_ratio_bounded (count), and with their terms kl_loss, entropy, ois, tis,
-    tis_clipfrac, tis_abs, opsm_clipfrac.
+    (sum r)^2 / (n sum r^2)), log_ratio_bounded (count), and with their terms kl_loss, entropy,
+    opsm_clipfrac, ois, tis_scale and what `corrections.correct` reports. Rejected tokens leave the loss and
+    pg_loss; all other metrics are means over all tokens.
     """
     rows = _fill_masked_rows(rows)
     assert rows.old_log_probs_T is not None and rows.advantages_T is not None
@@ -81,18 +101,22 @@ def policy_loss(rows: LossRows, settings: PolicyLossSettings) -> LossOutput:
         rows.log_probs_T, rows.old_log_probs_T, rows.loss_mask_T, rows.sequences, settings.objective
     )
     loss_T, metrics = _policy_gradient(rows, ratio, settings)
+    everything = rows
+    if settings.reads_rollout_log_probs:
+        corrected = _correct(rows, loss_T, settings)
+        metrics |= _correction_metrics(rows, ratio, corrected, settings)
+        loss_T, rows = corrected.pg_loss_T, replace(rows, weights_T=rows.weights_T * corrected.kept_T)
     loss = _reduce(rows, loss_T)
     metrics["pg_loss"] = loss.detach()
     if rows.entropy_T is not None:
-        entropy = _reduce(rows, rows.entropy_T)
-        metrics["entropy"] = entropy.detach()
+        metrics["entropy"] = _weighted(everything, rows.entropy_T)
         if settings.entropy_coef != 0:
-            loss = loss - settings.entropy_coef * entropy
+            loss = loss - settings.entropy_coef * _reduce(rows, rows.entropy_T)
     if rows.reference_T is not None:
-        kl = _reduce(rows, _kl_to_reference(rows, settings))
-        metrics["kl_loss"] = kl.detach()
+        kl_T = _kl_to_reference(rows, settings)
+        metrics["kl_loss"] = _weighted(everything, kl_T)
         if settings.kl_loss_coef != 0:
-            loss = loss + settings.kl_loss_coef * kl
+            loss = loss + settings.kl_loss_coef * _reduce(rows, kl_T)
     metrics["loss"] = loss.detach()
     return LossOutput(loss, metrics)
 
@@ -132,7 +156,7 @@ def _fill_masked_rows(rows: LossRows) -> LossRows:
 def _policy_gradient(
     rows: LossRows, ratio: Ratio, settings: PolicyLossSettings
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Policy-gradient loss per token [T] after masking and importance correction, with its metrics."""
+    """Policy-gradient loss per token [T] after masking, with its metrics."""
     assert rows.advantages_T is not None
     loss_T, clipped_T = policy_gradient_loss(
         ratio, rows.log_probs_T, rows.advantages_T, settings.objective, settings.clip
@@ -149,10 +173,6 @@ def _policy_gradient(
         )
         loss_T = loss_T * kept_T
         metrics["opsm_clipfrac"] = _weighted(rows, 1 - kept_T)
-    if settings.correction is not None:
-        factor_T, correction_metrics = _correct(rows, ratio, settings.correction)
-        loss_T = loss_T * factor_T
-        metrics |= correction_metrics
     return loss_T, metrics
 
 
@@ -170,15 +190,32 @@ def _kl_to_reference(rows: LossRows, settings: PolicyLossSettings) -> Tensor:
     return approximate_kl(rows.log_probs_T, rows.reference_T, settings.kl_loss_type, importance_T)
 
 
-def _correct(
-    rows: LossRows, ratio: Ratio, correction: ImportanceCorrection
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _correct(rows: LossRows, pg_loss_T: Tensor, settings: PolicyLossSettings) -> Corrected:
     assert rows.rollout_log_probs_T is not None and rows.old_log_probs_T is not None
-    weights_T = importance_weights(rows.old_log_probs_T, rows.rollout_log_probs_T)
-    factor_T = bound_weights(weights_T, correction)
-    return factor_T, {
-        "ois": _weighted(rows, ratio.value_T),
-        "tis": _weighted(rows, weights_T),
-        "tis_clipfrac": _weighted(rows, (factor_T != weights_T).float()),
-        "tis_abs": _weighted(rows, (weights_T - 1).abs()),
-    }
+    given = CorrectionRows(
+        pg_loss_T, rows.old_log_probs_T, rows.rollout_log_probs_T, rows.loss_mask_T, rows.sequences
+    )
+    corrected = correct(
+        given,
+        settings.correction,
+        settings.rejection,
+        rows.weight_scale,
+        perplexities=settings.mismatch_metrics,
+    )
+    if settings.custom_correction is None:
+        return corrected
+    own = settings.custom_correction(given)
+    return replace(own, means_T=corrected.means_T | own.means_T, counts=corrected.counts | own.counts)
+
+
+def _correction_metrics(
+    rows: LossRows, ratio: Ratio, corrected: Corrected, settings: PolicyLossSettings
+) -> dict[str, Tensor]:
+    metrics = {name: _weighted(rows, values_T) for name, values_T in corrected.means_T.items()}
+    metrics |= corrected.counts
+    if settings.correction is not None:
+        metrics["ois"] = _weighted(rows, ratio.value_T)
+    if settings.normalizes_weights:
+        share = rows.sequences.count * rows.sequence_weight
+        metrics["tis_scale"] = rows.weights_T.new_tensor(share * rows.weight_scale)
+    return metrics

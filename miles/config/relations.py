@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-NEEDS = {
+MEASURED = "correction.get_mismatch_metrics"
+
+NEEDS: dict[str, str | tuple[str, ...]] = {
+    "correction.custom_tis_function_path": "correction.use_tis",
     "algorithm.kl_loss_coef": "algorithm.use_kl_loss",
     "algorithm.use_unbiased_kl": "algorithm.use_kl_loss",
     "algorithm.opsm_delta": "algorithm.use_opsm",
-    "correction.tis_threshold": "correction.use_tis",
-    "correction.tis_clip": "correction.use_tis",
-    "correction.tis_clip_low": "correction.use_tis",
-    "correction.tis_level": "correction.use_tis",
+    "correction.tis_threshold": ("correction.use_tis", MEASURED),
+    "correction.tis_clip": ("correction.use_tis", MEASURED),
+    "correction.tis_clip_low": ("correction.use_tis", MEASURED),
+    "correction.tis_mode": ("correction.use_tis", MEASURED),
+    "correction.tis_level": ("correction.use_tis", MEASURED),
     "correction.tis_batch_normalize": "correction.use_tis",
-    "correction.rs_level": "correction.use_rs",
-    "correction.rs_lower_bound": "correction.use_rs",
-    "correction.rs_upper_bound": "correction.use_rs",
-    "correction.rs_veto_threshold": "correction.use_rs",
+    "correction.rs_level": ("correction.use_rs", MEASURED),
+    "correction.rs_lower_bound": ("correction.use_rs", MEASURED),
+    "correction.rs_upper_bound": ("correction.use_rs", MEASURED),
+    "correction.rs_veto_threshold": ("correction.use_rs", MEASURED),
     "data.apply_chat_template_kwargs": "data.apply_chat_template",
     "data.chat_template_path": "data.apply_chat_template",
     "distillation.opd_type": "distillation.use_opd",
@@ -57,7 +61,9 @@ NEEDS = {
     "training.recompute_modules": "training.recompute_granularity",
     "debug.load_debug_rollout_data_subsample": "debug.load_debug_rollout_data",
 }
-"""Left has no effect, or cannot work, without right."""
+"""Left has no effect, or cannot work, without right, or without one of those on the right."""
+
+OWN_CORRECTION = "a function of yours stands in place of the built-in correction"
 
 EXCLUSIVE = (
     (
@@ -70,6 +76,21 @@ EXCLUSIVE = (
         "algorithm.use_rollout_logprobs",
         "with the engine's log-probs as the old policy, every importance weight is 1",
     ),
+    (
+        "correction.use_rs",
+        "algorithm.use_rollout_logprobs",
+        "with the engine's log-probs as the old policy, every importance weight is 1",
+    ),
+    (
+        MEASURED,
+        "algorithm.use_rollout_logprobs",
+        "with the engine's log-probs as the old policy, every importance weight is 1",
+    ),
+    ("correction.custom_tis_function_path", "correction.use_rs", OWN_CORRECTION),
+    ("correction.custom_tis_function_path", "correction.tis_mode", OWN_CORRECTION),
+    ("correction.custom_tis_function_path", "correction.tis_level", OWN_CORRECTION),
+    ("correction.custom_tis_function_path", "correction.tis_batch_normalize", OWN_CORRECTION),
+    ("correction.tis_threshold", "correction.tis_mode", "the threshold is a mask by itself"),
     (
         "correction.tis_threshold",
         "correction.tis_clip",
@@ -113,10 +134,21 @@ EXCLUSIVE = (
         "correction.use_tis",
         "trainer and engine agree: every weight is 1",
     ),
+    (
+        "alignment.true_on_policy_mode",
+        "correction.use_rs",
+        "trainer and engine agree: every weight is 1",
+    ),
 )
 """Pairs that cannot both be in force."""
 
-MERELY_WRITTEN = ("correction.tis_clip", "correction.tis_clip_low", "training.micro_batch_size")
+MERELY_WRITTEN = (
+    "correction.tis_clip",
+    "correction.tis_clip_low",
+    "correction.tis_mode",
+    "correction.tis_level",
+    "training.micro_batch_size",
+)
 """Settings whose default is itself a choice: written down at all, they contradict their counterpart."""
 
 ORDERED = (

@@ -75,14 +75,15 @@ def validate_four_knobs(resolved: ResolvedConfig) -> Iterator[Conflict]:
 
 def validate_needs(resolved: ResolvedConfig) -> Iterator[Conflict]:
     """A setting that another switches on is only accepted together with it."""
-    for dotted, needed in NEEDS.items():
-        if _said(resolved, dotted) and not resolved.value(needed):
-            flag = by_dotted()[needed].flag
+    for dotted, needs in NEEDS.items():
+        needed = (needs,) if isinstance(needs, str) else needs
+        if _said(resolved, dotted) and not any(resolved.value(name) for name in needed):
             yield Conflict(
-                (dotted, needed),
-                f"{dotted} = {literal(resolved.value(dotted))} has no effect without {needed}",
-                f"{needed} is {_shown(resolved.value(needed))}",
-                f"add {flag}, or leave {by_dotted()[dotted].flag} out",
+                (dotted, *needed),
+                f"{dotted} = {literal(resolved.value(dotted))} has no effect without {' or '.join(needed)}",
+                " and ".join(f"{name} is {_shown(resolved.value(name))}" for name in needed),
+                f"add {' or '.join(by_dotted()[name].flag for name in needed)}, "
+                f"or leave {by_dotted()[dotted].flag} out",
             )
 
 
@@ -148,6 +149,18 @@ def validate_custom_loss(resolved: ResolvedConfig) -> Iterator[Conflict]:
         )
 
 
+def validate_truncation(resolved: ResolvedConfig) -> Iterator[Conflict]:
+    """Truncation has no lower bound."""
+    low = "correction.tis_clip_low"
+    if resolved.config.correction.tis_mode == "truncate" and resolved.value(low) > 0:
+        yield Conflict(
+            ("correction.tis_mode", low),
+            f'tis_mode = "truncate" with {low} = {literal(resolved.value(low))}',
+            "truncation cuts weights above tis_clip and leaves the others as they are",
+            "write --tis-mode clip, or leave --tis-clip-low out",
+        )
+
+
 def validate_dtype(resolved: ResolvedConfig) -> Iterator[Conflict]:
     """`dtype` and Megatron's switches agree."""
     dtype = resolved.config.model.dtype
@@ -201,6 +214,7 @@ RULES: tuple[Rule, ...] = (
     validate_order,
     validate_estimator,
     validate_custom_loss,
+    validate_truncation,
     validate_dtype,
     validate_recompute,
     validate_eval_sets,

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import torch
 
-from miles.algorithms.importance import ImportanceCorrection
-from miles.algorithms.losses import PolicyLossSettings
-from miles.algorithms.policy_objective import ClipRange
 from miles.arch import ArchSpec
 from miles.arch.precision import PrecisionPolicy
 from miles.config import RunConfig
@@ -25,6 +22,7 @@ from miles.models.compiled.numerics import CompiledNumerics
 from miles.models.invariance import find_exact_numerics
 from miles.models.numerics import FAST, Numerics
 from miles.models.recompute import RECOMPUTED_MODULES
+from miles.orchestration.algorithm_settings import algorithm_settings
 from miles.orchestration.decode_kernel import train_library
 from miles.orchestration.rollout_worker import EvalSet
 from miles.planning.facts import eval_sets
@@ -42,7 +40,6 @@ from miles.rollout.sglang.engine import SglangSettings
 from miles.training.megatron.layout import Implementation, MegatronLayout
 from miles.training.megatron.options import MegatronOptions
 from miles.training.settings import (
-    AlgorithmSettings,
     FaultInjection,
     OptimizerSettings,
     ScheduleSettings,
@@ -67,7 +64,7 @@ def trainer_settings(config: RunConfig, plan: Plan, spec: ArchSpec) -> TrainerSe
             clip_grad=optimizer.clip_grad,
         ),
         schedule=_schedule(config, plan),
-        algorithm=_algorithm(config, plan),
+        algorithm=algorithm_settings(config, plan),
         num_steps_per_rollout=plan.batch.steps_per_rollout,
         max_tokens_per_micro_batch=plan.micro_batch_tokens,
         micro_batch_size=None if plan.micro_batch_tokens is not None else plan.micro_batch_size,
@@ -336,52 +333,6 @@ def _schedule(config: RunConfig, plan: Plan) -> ScheduleSettings:
         lr_decay_iters=optimizer.lr_decay_iters or plan.optimizer_steps,
         min_lr=optimizer.min_lr,
     )
-
-
-def _algorithm(config: RunConfig, plan: Plan) -> AlgorithmSettings:
-    algorithm = config.algorithm
-    assert algorithm.loss_type != "custom_loss", "preflight refuses what the native trainer cannot do"
-    return AlgorithmSettings(
-        loss_type=algorithm.loss_type,
-        advantage_estimator=algorithm.advantage_estimator,
-        disable_rewards_normalization=algorithm.disable_rewards_normalization,
-        disable_grpo_std_normalization=algorithm.disable_grpo_std_normalization,
-        normalize_advantages=algorithm.normalize_advantages,
-        gamma=algorithm.gamma,
-        kl_coef=algorithm.kl_coef,
-        use_kl_loss=algorithm.use_kl_loss,
-        use_rollout_logprobs=algorithm.use_rollout_logprobs,
-        calculate_per_token_loss=algorithm.calculate_per_token_loss,
-        observe_training_entropy=algorithm.observe_training_entropy,
-        temperature=config.rollout.rollout_temperature or 1.0,
-        max_response_len=plan.max_response_len,
-        policy=_policy_loss(config),
-    )
-
-
-def _policy_loss(config: RunConfig) -> PolicyLossSettings:
-    algorithm = config.algorithm
-    high = algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high
-    objectives = {"gspo": "sequence_clip", "cispo": "cispo"}
-    return PolicyLossSettings(
-        objective=objectives.get(algorithm.advantage_estimator, "clip"),  # type: ignore[arg-type]
-        clip=ClipRange(algorithm.eps_clip, high, algorithm.eps_clip_c),
-        kl_loss_coef=algorithm.kl_loss_coef if algorithm.use_kl_loss else 0.0,
-        kl_loss_type=algorithm.kl_loss_type,
-        use_unbiased_kl=algorithm.use_unbiased_kl,
-        entropy_coef=algorithm.entropy_coef,
-        correction=_correction(config),
-        opsm_delta=algorithm.opsm_delta if algorithm.use_opsm else None,
-    )
-
-
-def _correction(config: RunConfig) -> ImportanceCorrection | None:
-    correction = config.correction
-    if not correction.use_tis:
-        return None
-    if correction.tis_threshold is not None:
-        return ImportanceCorrection.within_threshold(correction.tis_threshold)
-    return ImportanceCorrection(correction.tis_clip_low, correction.tis_clip)
 
 
 def _fault(text: str | None, steps_per_rollout: int) -> FaultInjection | None:

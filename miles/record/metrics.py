@@ -16,6 +16,7 @@ NATS = "nats"
 TOKENS = "tokens"
 SECONDS = "s"
 RATE = "tokens/s"
+MISMATCH = "differences between trainer and engine, stale data"
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,44 @@ METRICS: tuple[Metric, ...] = (
         Band(0, 0.1),
         "as train/tis, but both directions add up",
     ),
+    _m(
+        "train/tis_bounded",
+        "tokens whose log importance weight had to be bounded at +-20 before exponentiation",
+        TOKENS,
+        Band(0, 0),
+        "correction.tis_level = sequence over long responses",
+    ),
+    _m(
+        "train/tis_scale",
+        "mean importance weight of the step that weights were divided by",
+        "",
+        Band(0.5, 2),
+        "correction.tis_batch_normalize; as train/tis",
+    ),
+    _m(
+        "train/rs_frac",
+        "fraction of tokens that rejection leaves out of the loss",
+        FRACTION,
+        Band(0, 0.1),
+        "off-policy data, the bounds of correction.rs_*",
+    ),
+    _m(
+        "train/rs_veto_frac",
+        "fraction of tokens in sequences that one far too unlikely token rejects",
+        FRACTION,
+        Band(0, 0.1),
+        "correction.rs_veto_threshold; broken log-probs",
+    ),
+    _m("train/mis_kl", "mean k1 estimate of KL(rollout || train)", NATS, None, MISMATCH),
+    _m("train/mis_k3_kl", "mean k3 estimate of KL(rollout || train)", NATS, None, MISMATCH),
+    _m("train/mis_training_log_ppl", "log perplexity of responses under the trainer", NATS, None, "policy"),
+    _m("train/mis_rollout_log_ppl", "log perplexity of responses under the engine", NATS, None, "policy"),
+    _m("train/mis_training_ppl", "perplexity of responses under the trainer", "", None, "policy entropy"),
+    _m("train/mis_rollout_ppl", "perplexity of responses under the engine", "", None, "policy entropy"),
+    _m("train/mis_log_ppl_diff", "log perplexity of trainer minus engine", NATS, None, MISMATCH),
+    _m("train/mis_log_ppl_abs_diff", "size of that difference, mean over responses", NATS, None, MISMATCH),
+    _m("train/mis_ppl_ratio", "perplexity of trainer over engine", "", None, MISMATCH),
+    _m("train/custom/<name>", "what a function of yours reports", "", None, "that function"),
     _m(
         "train/opsm_clipfrac",
         "fraction of tokens left out by the off-policy sequence mask",

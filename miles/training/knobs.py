@@ -30,10 +30,10 @@ class Knobs:
         policy = settings.algorithm.policy
         correction = policy.correction
         knobs = cls(settings.optimizer.lr, policy.kl_loss_coef, policy.entropy_coef)
-        if correction is None:
+        if correction is None or not correction.applied:
             return knobs
-        if correction.outside == "mask":
-            return replace(knobs, tis_threshold=correction.low)
+        if correction.threshold is not None:
+            return replace(knobs, tis_threshold=correction.threshold)
         return replace(knobs, tis_clip=correction.high, tis_clip_low=correction.low)
 
     def changed(self, knob: str, value: float, settings: TrainerSettings) -> Knobs:
@@ -56,24 +56,24 @@ class Knobs:
             policy,
             kl_loss_coef=self.kl_loss_coef,
             entropy_coef=self.entropy_coef,
-            correction=self._correction(),
+            correction=self._correction(policy.correction),
         )
-
-    @property
-    def corrects_importance(self) -> bool:
-        """Whether the loss reads the engine's log-probs."""
-        return self.tis_clip is not None or self.tis_threshold is not None
 
     def as_dict(self) -> dict[str, float]:
         """The knobs that are on."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def _correction(self) -> ImportanceCorrection | None:
+    def _correction(self, configured: ImportanceCorrection | None) -> ImportanceCorrection | None:
+        """The configured one with the bounds in effect."""
+        if self.tis_threshold is None and self.tis_clip is None:
+            return configured
+        correction = replace(configured or ImportanceCorrection(), applied=True)
         if self.tis_threshold is not None:
-            return ImportanceCorrection.within_threshold(self.tis_threshold)
-        if self.tis_clip is None:
-            return None
-        return ImportanceCorrection(self.tis_clip_low or 0.0, self.tis_clip)
+            return correction.within(self.tis_threshold)
+        assert self.tis_clip is not None
+        if correction.threshold is not None:
+            correction = replace(correction, outside="clamp", threshold=None)
+        return replace(correction, low=self.tis_clip_low or 0.0, high=self.tis_clip)
 
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -105,4 +105,10 @@ def _validate_change(knob: str, value: float, settings: TrainerSettings) -> None
             f"{knob} has no effect in this run",
             why="with algorithm.use_rollout_logprobs the importance weights are 1 by definition",
             fix="resume without algorithm.use_rollout_logprobs",
+        )
+    if knob.startswith("tis_") and algorithm.policy.custom_correction is not None:
+        raise RunError(
+            f"{knob} has no effect in this run",
+            why="a function of yours stands in place of the built-in correction",
+            fix="resume without correction.custom_tis_function_path",
         )

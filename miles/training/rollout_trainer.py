@@ -65,7 +65,8 @@ class RolloutTrainer(ABC):
         """
         validate_batch(batch, self.spec)
         self.ranks.require_same_input(batch, self.state)
-        if self.settings.algorithm.use_rollout_logprobs or self.state.knobs.corrects_importance:
+        policy = self.state.knobs.apply(self.settings.algorithm.policy)
+        if self.settings.algorithm.use_rollout_logprobs or policy.reads_rollout_log_probs:
             require_rollout_log_probs(batch)
         metrics = self._before_updates(batch)
         batch, prepared = self._prepare(batch)

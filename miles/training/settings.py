@@ -142,9 +142,10 @@ class TrainerSettings:
         """Whether old log-probs take a forward of their own before the update.
 
         With one optimizer step per rollout the old policy is the one being differentiated, and the training
-        forward gives them; unless advantages themselves read log-probs (a KL penalty in the reward).
+        forward gives them; unless something reads those of the whole step: advantages (a KL penalty in the
+        reward), or importance weights of mean 1.
         """
-        if self.algorithm.kl_coef != 0:
+        if self.algorithm.kl_coef != 0 or self.algorithm.policy.normalizes_weights:
             return True
         return self.num_steps_per_rollout > 1 and not self.algorithm.use_rollout_logprobs
 
@@ -174,7 +175,7 @@ _CONTRADICTIONS: tuple[tuple[str, Callable[[TrainerSettings], bool]], ...] = (
     ),
     (
         "use_rollout_logprobs makes every importance weight 1: an importance correction has no effect",
-        lambda s: s.algorithm.use_rollout_logprobs and s.algorithm.policy.correction is not None,
+        lambda s: s.algorithm.use_rollout_logprobs and s.algorithm.policy.reads_rollout_log_probs,
     ),
     (
         "max_tokens_per_micro_batch and micro_batch_size both cut the step: choose one",

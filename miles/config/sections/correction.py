@@ -25,14 +25,20 @@ class CorrectionSection(Section):
     """Keep weights inside [T, 1/T] as they are and mask tokens outside. Stands in place of `tis_clip` and
     `tis_clip_low`; this flag is miles' own and has no counterpart upstream."""
 
+    tis_mode: Literal["truncate", "clip", "mask"] = "clip"
+    """What happens to weights outside the bounds: `clip` cuts them to the nearer one, `truncate` to
+    `tis_clip` alone, `mask` leaves tokens (or sequences, see `tis_level`) out (IcePop)."""
+
     tis_level: Literal["token", "sequence", "geometric"] = "token"
     """Weight of each token, product over the response, or geometric mean over it."""
 
     tis_batch_normalize: bool = False
-    """Scale the weights of a step to mean 1."""
+    """Scale the weights of an optimizer step to mean 1, which takes a pass of its own for the old
+    log-probs."""
 
     use_rs: bool = False
-    """Rejection sampling: leave tokens or sequences out whose weight is outside the bounds."""
+    """Rejection sampling: leave tokens or sequences whose weight is outside the bounds out of the
+    whole loss."""
 
     rs_level: Literal["token", "sequence", "geometric"] = "token"
     """What rejection looks at, as `tis_level`."""
@@ -50,4 +56,5 @@ class CorrectionSection(Section):
     """Python path of a function used in place of the built-in correction."""
 
     get_mismatch_metrics: bool = False
-    """Compute the correction's metrics without applying it."""
+    """Report what importance weights and rejection would do, and both sides' perplexities; what `use_tis` and
+    `use_rs` do not switch on is not applied."""

@@ -13,6 +13,13 @@ from miles.planning.subject import Subject
 NEEDS_LABEL = ("exact", "math", "dapo", "deepscaler", "f1", "gpqa")
 """Verifiers that compare a response with an expected answer."""
 
+HOOKS = (
+    "reward.custom_rm_path",
+    "rollout.custom_generate_function_path",
+    "correction.custom_tis_function_path",
+)
+"""Settings that name a user function."""
+
 PYTHON_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*|.+\.py:[A-Za-z_]\w*")
 """`package.module.function`, `package.module:function` or `file.py:function`."""
 
@@ -315,7 +322,7 @@ def labels_are_solutions(subject: Subject) -> Iterator[Found]:
     fix="write it as package.module.function",
 )
 def hook_path(subject: Subject) -> Iterator[Found]:
-    for setting in ("reward.custom_rm_path", "rollout.custom_generate_function_path"):
+    for setting in HOOKS:
         path = subject.value(setting)
         if path is not None and not PYTHON_PATH.fullmatch(path):
             yield Found(f"{path!r} is not importable", setting)

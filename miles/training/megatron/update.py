@@ -12,7 +12,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
-from miles.algorithms.losses import LossOutput, LossRows, policy_loss, sft_loss
+from miles.algorithms.losses import LossOutput, LossRows, PolicyLossSettings, policy_loss, sft_loss
 from miles.data.batch import TrainBatch
 from miles.errors import MilesError
 from miles.training.draft_course import DraftUpdate
@@ -51,7 +51,7 @@ class MegatronStep:
 
     def run(self, batch: TrainBatch) -> Update:
         """Train on all sequences of `batch`. Loss and norm are those of the whole step on every rank."""
-        step = StepBatch.of(batch, self.settings.algorithm)
+        step = StepBatch.of(batch, self.settings.algorithm, self._policy)
         self.optimizer.begin()
         draft_update = None if self.draft is None else self.draft.begin(batch, step.indices_N)
         sums = self._accumulate(step, draft_update)
@@ -150,7 +150,12 @@ class MegatronStep:
     def _loss(self, rows: LossRows) -> LossOutput:
         if self.settings.algorithm.loss_type == "sft_loss":
             return sft_loss(rows)
-        return policy_loss(rows, self.state.knobs.apply(self.settings.algorithm.policy))
+        return policy_loss(rows, self._policy)
+
+    @property
+    def _policy(self) -> PolicyLossSettings:
+        """The policy loss under the knobs of this step."""
+        return self.state.knobs.apply(self.settings.algorithm.policy)
 
     @staticmethod
     def _add(sums: dict[str, Tensor], result: LossOutput) -> None:

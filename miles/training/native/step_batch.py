@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from miles.algorithms.losses import LossRows
+from miles.algorithms.importance import log_ratio, mean_weight
+from miles.algorithms.losses import LossRows, PolicyLossSettings
 from miles.algorithms.reductions import token_weights
 from miles.algorithms.sequences import Sequences
 from miles.data.batch import TrainBatch
@@ -19,15 +20,18 @@ from miles.training.settings import AlgorithmSettings
 
 @dataclass(frozen=True)
 class StepBatch:
-    """`indices_N`: the sequences with a trained row. `weights_T`: reduction weights over the whole step."""
+    """`indices_N`: the sequences with a trained row. `weights_T`: reduction weights over the whole step.
+    `weight_scale`: what importance weights are divided by.
+    """
 
     batch: TrainBatch
     indices_N: np.ndarray
     weights_T: np.ndarray
+    weight_scale: float = 1.0
 
     @classmethod
-    def of(cls, batch: TrainBatch, settings: AlgorithmSettings) -> StepBatch:
-        """Raises DataError when no row of the batch is trained on."""
+    def of(cls, batch: TrainBatch, settings: AlgorithmSettings, policy: PolicyLossSettings) -> StepBatch:
+        """`policy`: the loss under the knobs of this step. Raises DataError when no row is trained on."""
         weights_T = token_weights(
             torch.from_numpy(batch.loss_mask),
             Sequences(torch.from_numpy(batch.cu_seqlens)),
@@ -35,7 +39,7 @@ class StepBatch:
             settings.reduction,
             settings.max_response_len,
         )
-        return cls(batch, trained_sequences(batch), weights_T.numpy())
+        return cls(batch, trained_sequences(batch), weights_T.numpy(), _weight_scale(batch, policy))
 
     @property
     def num_rows(self) -> int:
@@ -72,4 +76,14 @@ class StepBatch:
             rollout_log_probs_T=rollout_R,
             reference_T=micro_batch.trained_values(batch.ref_log_probs),
             entropy_T=output.entropy_R,
+            weight_scale=self.weight_scale,
         )
+
+
+def _weight_scale(batch: TrainBatch, policy: PolicyLossSettings) -> float:
+    if not policy.normalizes_weights:
+        return 1.0
+    assert policy.correction is not None and batch.old_log_probs is not None
+    ratio_T = log_ratio(torch.from_numpy(batch.old_log_probs), torch.from_numpy(batch.rollout_log_probs))
+    sequences = Sequences(torch.from_numpy(batch.cu_seqlens))
+    return mean_weight(ratio_T, torch.from_numpy(batch.loss_mask), sequences, policy.correction)

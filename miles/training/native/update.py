@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miles.algorithms.losses import LossOutput, LossRows, policy_loss, sft_loss
+from miles.algorithms.losses import LossOutput, LossRows, PolicyLossSettings, policy_loss, sft_loss
 from miles.data.batch import TrainBatch
 from miles.models.decoder import Decoder
 from miles.training.draft_course import DraftUpdate
@@ -79,7 +79,7 @@ class OptimizerStep:
 
         Loss and norm are those of the whole step on every rank, so all of them apply it or none does.
         """
-        step = StepBatch.of(batch, self.settings.algorithm)
+        step = StepBatch.of(batch, self.settings.algorithm, self._policy)
         draft_update = None if self.draft is None else self.draft.begin(batch, step.indices_N)
         sums = self._accumulate(step, draft_update)
         if self.before_update is not None:
@@ -189,7 +189,12 @@ class OptimizerStep:
     def _loss(self, rows: LossRows) -> LossOutput:
         if self.settings.algorithm.loss_type == "sft_loss":
             return sft_loss(rows)
-        return policy_loss(rows, self.state.knobs.apply(self.settings.algorithm.policy))
+        return policy_loss(rows, self._policy)
+
+    @property
+    def _policy(self) -> PolicyLossSettings:
+        """The policy loss under the knobs of this step."""
+        return self.state.knobs.apply(self.settings.algorithm.policy)
 
     @property
     def _only_advantages(self) -> bool:

@@ -13,6 +13,7 @@ from miles.algorithms.importance import ImportanceCorrection
 from miles.algorithms.losses import LossRows, PolicyLossSettings, policy_loss, sft_loss
 from miles.algorithms.policy_objective import ClipRange
 from miles.algorithms.reductions import token_weights
+from miles.algorithms.rejection import Rejection
 from miles.algorithms.sequences import Sequences
 
 ROLLOUT_IDS = [4, 4, 9, 1, 7, 7, 7, 2]
@@ -107,19 +108,35 @@ def reference_policy_loss(step: Step, s: PolicyLossSettings, reduction: str) -> 
                 if advantage < 0 and mean_drift > s.opsm_delta:
                     term = term * 0
             if s.correction is not None:
-                w = float(torch.exp(old - step.rollout[i][t]))
-                inside = s.correction.low <= w <= s.correction.high
-                if s.correction.outside == "clamp":
-                    w = min(max(w, s.correction.low), s.correction.high)
-                    term = term * w
-                else:
-                    term = term * (w if inside else 0.0)
+                term = term * bounded(weight(step, i, t, s.correction.level), s.correction)
             term = term - s.entropy_coef * step.entropy[i][t]
             kl = reference_kl(lp - step.reference[i][t], s.kl_loss_type)
             if s.use_unbiased_kl:
                 kl = torch.exp(lp - old) * kl
-            loss = loss + weights[t] * (term + s.kl_loss_coef * kl)
+            kept = s.rejection is None or keeps(step, i, t, s.rejection)
+            loss = loss + kept * weights[t] * (term + s.kl_loss_coef * kl)
     return loss
+
+
+def weight(step: Step, i: int, t: int, level: str) -> float:
+    """exp(lp_old - lp_rollout) of the token, of all trained tokens of its sequence, or of their mean."""
+    trained = [u for u in range(len(step.mask[i])) if step.mask[i][u] > 0]
+    logs = [float(step.old[i][u] - step.rollout[i][u]) for u in ([t] if level == "token" else trained)]
+    total = sum(logs) / len(logs) if level == "geometric" else sum(logs)
+    return math.exp(min(max(total, -20.0), 20.0))
+
+
+def bounded(w: float, correction: ImportanceCorrection) -> float:
+    if correction.outside == "clamp":
+        return min(max(w, correction.low), correction.high)
+    return w if correction.low <= w <= correction.high else 0.0
+
+
+def keeps(step: Step, i: int, t: int, rejection: Rejection) -> bool:
+    if not rejection.low <= weight(step, i, t, rejection.level) <= rejection.high:
+        return False
+    trained = [u for u in range(len(step.mask[i])) if step.mask[i][u] > 0]
+    return all(weight(step, i, u, "token") >= (rejection.veto or 0.0) for u in trained)
 
 
 def packed_losses(step: Step, settings: PolicyLossSettings | None, reduction: str, cuts: list[list[int]]):
@@ -179,6 +196,20 @@ VARIANTS = {
     "kl_unbiased": PolicyLossSettings(kl_loss_coef=0.2, kl_loss_type="k3", use_unbiased_kl=True),
     "tis": PolicyLossSettings(correction=ImportanceCorrection(0.5, 1.5)),
     "tis_threshold": PolicyLossSettings(correction=ImportanceCorrection.within_threshold(0.8)),
+    "tis_sequence": PolicyLossSettings(correction=ImportanceCorrection(0.5, 3.0, level="sequence")),
+    "tis_geometric": PolicyLossSettings(correction=ImportanceCorrection(0.9, 1.1, level="geometric")),
+    "icepop": PolicyLossSettings(correction=ImportanceCorrection(0.7, 1.6, "mask")),
+    "mis_sequence": PolicyLossSettings(correction=ImportanceCorrection(0.2, 4.0, "mask", "sequence")),
+    "rs_token": PolicyLossSettings(rejection=Rejection("token", 0.6, 1.5)),
+    "rs_sequence": PolicyLossSettings(rejection=Rejection("sequence", 0.5, 4.0)),
+    "rs_geometric": PolicyLossSettings(rejection=Rejection("geometric", 0.9, 1.2)),
+    "veto": PolicyLossSettings(rejection=Rejection("token", 0.0, 1e9, veto=0.45)),
+    "tis_and_rs": PolicyLossSettings(
+        correction=ImportanceCorrection(0.0, 1.2, level="geometric"),
+        rejection=Rejection("token", 0.5, 2.0, veto=0.3),
+        kl_loss_coef=0.3,
+        entropy_coef=0.1,
+    ),
     "opsm": PolicyLossSettings(opsm_delta=1e-4),
     "all": PolicyLossSettings(
         clip=ClipRange(0.1, 0.2, dual=3.0),

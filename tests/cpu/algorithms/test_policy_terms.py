@@ -110,7 +110,8 @@ def test_low_var_kl_is_bounded_where_k3_is_not() -> None:
 
 
 def test_importance_weights_are_clamped_or_masked() -> None:
-    weights = importance_weights(torch.log(torch.tensor([0.5, 0.95, 3.0])), torch.zeros(3))
+    log_ratio = torch.log(torch.tensor([0.5, 0.95, 3.0]))
+    weights = importance_weights(log_ratio, torch.ones(3), Sequences(torch.tensor([0, 3]))).value_T
     clamped = bound_weights(weights, ImportanceCorrection(0.0, 2.0))
     assert clamped.tolist() == pytest.approx([0.5, 0.95, 2.0])
     masked = bound_weights(weights, ImportanceCorrection.within_threshold(0.9))

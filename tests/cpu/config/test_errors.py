@@ -179,6 +179,26 @@ CONFLICTS = [
         "--use-tis --tis-threshold 0.9 --tis-clip-low 0",
         "correction.tis_threshold and correction.tis_clip_low exclude",
     ),
+    (
+        "--use-tis --tis-threshold 0.9 --tis-mode clip",
+        "correction.tis_threshold and correction.tis_mode exclude",
+    ),
+    (
+        "--use-tis --tis-mode truncate --tis-clip-low 0.5",
+        'tis_mode = "truncate" with correction.tis_clip_low',
+    ),
+    ("--tis-level sequence", "has no effect without correction.use_tis or correction.get_mismatch_metrics"),
+    ("--use-rs --use-rollout-logprobs", "correction.use_rs and algorithm.use_rollout_logprobs exclude"),
+    (
+        "--get-mismatch-metrics --use-rollout-logprobs",
+        "correction.get_mismatch_metrics and algorithm.use_rollout_logprobs exclude",
+    ),
+    ("--custom-tis-function-path a.b", 'correction.custom_tis_function_path = "a.b" has no effect without'),
+    (
+        "--use-tis --custom-tis-function-path a.b --use-rs",
+        "correction.custom_tis_function_path and correction.use_rs exclude",
+    ),
+    ("--use-rs --rs-lower-bound 3", "correction.rs_lower_bound = 3.0 is above correction.rs_upper_bound"),
     ("--tis-threshold 0.9", "correction.tis_threshold = 0.9 has no effect without correction.use_tis"),
     (
         "--use-tis --tis-clip 2 --tis-clip-low 3",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,6 +34,29 @@ def test_importance_correction_can_be_switched_on_and_between_kinds(spec, make_t
     assert trainer.knobs()["tis_clip_low"] == 0.0
     trainer.set("tis_threshold", 0.99)
     assert set(trainer.knobs()) == {"lr", "kl_loss_coef", "entropy_coef", "tis_threshold"}
+
+
+def test_a_live_bound_keeps_the_level_and_the_kind_of_the_correction(spec, make_trainer) -> None:
+    masked = ImportanceCorrection(0.5, 5.0, "mask", "geometric")
+    policy = PolicyLossSettings(correction=masked)
+    trainer = make_trainer(spec, TrainerSettings(algorithm=AlgorithmSettings(policy=policy)))
+
+    def in_effect() -> ImportanceCorrection | None:
+        return trainer.state.knobs.apply(policy).correction
+
+    assert in_effect() == masked
+    trainer.set("tis_clip", 4.0)
+    assert in_effect() == replace(masked, high=4.0)
+    trainer.set("tis_threshold", 0.8)
+    assert in_effect() == masked.within(0.8)
+
+
+def test_a_correction_that_is_only_measured_is_switched_on_by_a_bound(spec, make_trainer) -> None:
+    policy = PolicyLossSettings(correction=ImportanceCorrection(applied=False))
+    trainer = make_trainer(spec, TrainerSettings(algorithm=AlgorithmSettings(policy=policy)))
+    assert trainer.state.knobs.apply(policy) == policy
+    trainer.set("tis_clip", 4.0)
+    assert trainer.state.knobs.apply(policy).correction == ImportanceCorrection(0.0, 4.0)
 
 
 def test_entropy_bonus_changes_the_loss(spec, make_trainer, make_batch) -> None:

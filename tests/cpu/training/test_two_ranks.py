@@ -12,6 +12,7 @@ import torch
 
 from miles.algorithms.importance import ImportanceCorrection
 from miles.algorithms.losses import PolicyLossSettings
+from miles.algorithms.rejection import Rejection
 from miles.arch import ArchSpec, LayerSpec, MoeSpec, RopeSpec, with_mtp
 from miles.arch.spec import IndexerSpec, LatentSpec
 from miles.data.batch import TrainBatch
@@ -31,6 +32,13 @@ POLICY = PolicyLossSettings(
 )
 EVERY_TERM = AlgorithmSettings(
     use_kl_loss=True, policy=POLICY, calculate_per_token_loss=True, temperature=0.9
+)
+SEQUENCES = AlgorithmSettings(
+    policy=PolicyLossSettings(
+        correction=ImportanceCorrection(0.9, 1.02, level="sequence", batch_normalize=True),
+        rejection=Rejection("geometric", 0.99, 1.01, veto=0.5),
+        mismatch_metrics=True,
+    )
 )
 REWARD_KL = AlgorithmSettings(advantage_estimator="reinforce_plus_plus", kl_coef=0.1)
 
@@ -74,6 +82,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "two_steps": {"settings": replace(PLAIN, num_steps_per_rollout=2, max_tokens_per_micro_batch=20)},
     "single_sequences": {"settings": replace(PLAIN, micro_batch_size=1)},
     "every_term": {"settings": replace(PLAIN, algorithm=EVERY_TERM), "reference_seed": 4},
+    "corrections": {"settings": replace(PLAIN, algorithm=SEQUENCES, max_tokens_per_micro_batch=30)},
     "reward_kl": {"settings": replace(PLAIN, algorithm=REWARD_KL, micro_batch_size=3), "reference_seed": 4},
 }
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from miles.algorithms.importance import ImportanceCorrection
 from miles.algorithms.losses import PolicyLossSettings
+from miles.algorithms.rejection import Rejection
 from miles.arch import ArchSpec
 from miles.arch.precision import NumberFormat, precision_policy
 from miles.data.batch import TrainBatch
@@ -40,6 +42,16 @@ CASES = {
     "reference": replace(
         SETTINGS,
         algorithm=AlgorithmSettings(use_kl_loss=True, policy=PolicyLossSettings(kl_loss_coef=0.1)),
+    ),
+    "corrections of sequences": replace(
+        SETTINGS,
+        algorithm=AlgorithmSettings(
+            policy=PolicyLossSettings(
+                correction=ImportanceCorrection(0.9, 1.02, level="sequence", batch_normalize=True),
+                rejection=Rejection("geometric", 0.99, 1.01, veto=0.5),
+                mismatch_metrics=True,
+            )
+        ),
     ),
 }
 
