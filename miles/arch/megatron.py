@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from miles.arch.spec import ArchSpec, DenseMlpSpec, MoeSpec
 
-FAMILIES = ("deepseek_v3", "glm4_moe", "llama", "minimax_m2", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = (
+    "deepseek_v3",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "glm4_moe",
+    "llama",
+    "minimax_m2",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+)
 """Those whose weights and logits were compared in Megatron's form."""
 
 LATENT_EPS = 1e-6
 """Of the norms of latents, in every published model; Megatron has one epsilon for all norms."""
 
 
-def megatron_obstacle(spec: ArchSpec) -> str:
-    """What stands in the way of the Megatron trainer; empty where nothing does."""
+def megatron_obstacle(spec: ArchSpec, engine: bool = False) -> str:
+    """What stands in the way of the Megatron trainer; empty where nothing does.
+
+    `engine`: in Transformer Engine's layers, not in Megatron's own.
+    """
     if spec.family not in FAMILIES:
         return f"a model of the family {spec.family}"
     if spec.mtp is not None and any(layer != spec.layers[-1] for layer in spec.mtp.layers):
         return "MTP layers of another kind than the last layer"
     mlps = [layer.mlp for layer in spec.layers]
-    if len({layer.attention for layer in spec.layers}) > 1:
-        return "layers that differ in their attention"
+    attentions = [layer.attention for layer in spec.layers]
+    rope = attentions[0].rope
+    if len({replace(attention, window=None, rope=rope) for attention in attentions}) > 1:
+        return "layers that differ in more of their attention than window and rotation"
+    if len({attention.window for attention in attentions} - {None}) > 1:
+        return "windows of different widths"
+    if engine and attentions[0].softcap is not None:
+        return "soft-capped attention in Transformer Engine's layers"
     latent = spec.layers[0].attention.latent
     if latent is not None and spec.rms_norm_eps != LATENT_EPS:
         return f"latents normed with another epsilon ({LATENT_EPS}) than the rest ({spec.rms_norm_eps})"

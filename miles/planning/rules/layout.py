@@ -205,15 +205,16 @@ def allgather_in_pipeline(subject: Subject) -> Iterator[Found]:
     "LAY14",
     Severity.ERROR,
     title="the Megatron trainer does not carry this model",
-    cause="one configuration of megatron-core holds for all layers, and only families whose logits were "
-    "compared with it are mapped to it",
+    cause="only families whose logits were compared with megatron-core's are mapped to it",
     fix="use --train-backend native",
 )
 def not_carried(subject: Subject) -> Iterator[Found]:
     if subject.config.training.backend != "megatron" or subject.spec is None:
         return
     used = with_mtp(subject.spec, mtp_layers(subject.config, subject.spec.mtp_num_layers))
-    obstacle = megatron_obstacle(used)
+    asked = subject.config.training.transformer_impl
+    engine = subject.on_gpus if asked is None else asked == "transformer_engine"
+    obstacle = megatron_obstacle(used, engine)
     if obstacle:
         yield Found(obstacle, "training.backend")
 

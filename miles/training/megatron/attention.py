@@ -6,12 +6,13 @@ layers rotate every row by its own angle and attend with the object that the nat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 
@@ -38,6 +39,16 @@ class PackedRows(PackedSeqParams):
     angles_at: Tensor | None = None
     padding: int = 0
     layers: tuple[LayerSpec, ...] = ()
+    _angles: dict[tuple[RopeSpec, int], Tensor] = field(default_factory=dict)
+
+    def layer_angles(self, layer: int) -> Tensor:
+        """What a layer rotates with, see `rotation_angles`; layers that rotate alike share it."""
+        attention = self.layers[layer].attention
+        kind = attention.rope, attention.rotary_width
+        if kind not in self._angles:
+            assert self.angles_at is not None
+            self._angles[kind] = rotation_angles(*kind, self.angles_at)
+        return self._angles[kind]
 
 
 def micro_batch_rows(micro_batch: MicroBatch, layout: MegatronLayout, spec: ArchSpec) -> PackedRows:
@@ -81,13 +92,13 @@ def packed_rows(
     rows.cu_seqlens_q = rows.cu_seqlens_kv = whole
     rows.max_seqlen_q = rows.max_seqlen_kv = len(tokens_T)
     rows.angles_at = positions_T
-    rows.attention = local_attention(cu_seqlens)
+    rows.attention = local_attention(cu_seqlens, spec)
     return rows
 
 
-def local_attention(cu_seqlens: Tensor) -> Attention:
-    """Causal attention within each sequence, as the native decoder would have it."""
-    if pays_in_segments(cu_seqlens):
+def local_attention(cu_seqlens: Tensor, spec: ArchSpec) -> Attention:
+    """Attention within each sequence, as the native decoder would have it."""
+    if spec.has_plain_attention and pays_in_segments(cu_seqlens):
         return SegmentAttention(cu_seqlens.numpy())
     return FAST.packed_attention(cu_seqlens)
 
@@ -99,12 +110,23 @@ def rotation_angles(rope: RopeSpec, width: int, positions: Tensor) -> Tensor:
     return torch.cat((rows, rows), -1)[:, None, None, :]
 
 
-def layer_angles(attention: AttentionSpec, rows: PackedRows) -> Tensor | None:
-    """What a layer rotates with; None where its attention has its own angles."""
-    assert rows.angles_at is not None
-    if attention.latent is not None:
-        return None
-    return rotation_angles(attention.rope, attention.rotary_width, rows.angles_at)
+class RotatedAttention(SelfAttention):
+    """Self-attention that rotates with its own layer's angles, where Megatron hands all layers the same."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PackedRows,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[t, 1, D] -> the same, and the bias that is still to be added."""
+        options["rotary_pos_emb"] = packed_seq_params.layer_angles(self.layer_number - 1)
+        found: tuple[Tensor, Tensor | None] = super().forward(
+            hidden_states, attention_mask, packed_seq_params=packed_seq_params, **options
+        )
+        return found
 
 
 class PackedDotProductAttention(DotProductAttention):
@@ -132,6 +154,8 @@ class PackedDotProductAttention(DotProductAttention):
         layer = self.layer_number - 1
         spec = packed_seq_params.layers[layer].attention
         dtype = query.dtype
+        if spec.latent is None and spec.query_factor != 1.0:
+            query = query * spec.query_factor
         query, key, value = (FAST.attention_input(part) for part in (query, key, value))
         return self._attended(packed_seq_params.attention, layer, query, key, value, spec).to(dtype)
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from miles.arch.spec import ArchSpec
 from miles.errors import RunError
 from miles.models.unrolled_attention import UnrolledAttention
-from miles.training.megatron.attention import layer_angles, local_attention, packed_rows
+from miles.training.megatron.attention import local_attention, packed_rows
 from miles.training.megatron.head import whole_rows
+from miles.training.megatron.layer_specs import layer_specs
 from miles.training.megatron.layout import MegatronLayout
-from miles.training.megatron.model import layer_specs
 from miles.training.megatron.routes import Deciding
 
 
@@ -84,7 +84,7 @@ class DraftModel(MegatronModule):
                 "Transformer Engine",
                 fix=f"set --mtp-training-steps {self.num_layers}",
             )
-        attention = UnrolledAttention(local_attention(cu_seqlens), cu_seqlens)
+        attention = UnrolledAttention(local_attention(cu_seqlens, self.spec), cu_seqlens)
         state = hidden_t1D.detach().to(self.mtp.layers[0].eh_proj.weight.dtype)
         features: list[Tensor] = []
         for depth, (following, wanted) in enumerate(zip(tokens, rows, strict=True)):
@@ -114,16 +114,13 @@ class DraftModel(MegatronModule):
         attention: UnrolledAttention,
         embedding_vD: Tensor,
     ) -> Tensor:
-        assert self.spec.mtp is not None
         rows = packed_rows(tokens_T, positions_T, cu_seqlens, self.layout, self.spec)
         if self._goes_on:
             rows.attention = attention
-        spec = self.spec.mtp.layers[index].attention
         assert rows.tokens_1T is not None
         output: Tensor = self.mtp.layers[index]._proj_and_transformer_layer(
             state,
             embedded(embedding_vD, rows.tokens_1T[0], self.layout),
-            rotary_pos_emb=layer_angles(spec, rows),
             packed_seq_params=rows,
         )
         return output

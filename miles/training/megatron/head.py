@@ -20,6 +20,7 @@ from torch import Tensor
 
 from miles.models.logprob import CHUNK_ELEMENTS, token_log_probs
 from miles.models.logprob import best_tokens as one_head_best_tokens
+from miles.models.softcap import softcapped
 from miles.training.megatron.attention import PackedRows
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.model import PolicyModel
@@ -69,12 +70,15 @@ def row_log_probs(
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`trained_log_probs` of rows of `whole_rows`. `weight`: `model.head_weight`, or it without gradient."""
+    softcap = model.spec.logit_softcap
     if layout.tp == 1:
-        return token_log_probs(hidden_RD, weight, targets_R, temperature, chunk_tokens, with_entropy)
+        return token_log_probs(
+            hidden_RD, weight, targets_R, temperature, chunk_tokens, with_entropy, softcap=softcap
+        )
     first, own = _own_rows(model, weight)
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // weight.shape[0])
     log_probs, entropy = _VocabularyParallel.apply(
-        hidden_RD, own, targets_R - first, temperature, chunk, with_entropy
+        hidden_RD, own, targets_R - first, temperature, chunk, with_entropy, softcap
     )
     return log_probs, entropy if with_entropy else None
 
@@ -103,8 +107,8 @@ def _own_rows(model: PolicyModel, weight: Tensor) -> tuple[int, Tensor]:
     return first, weight[: max(0, min(weight.shape[0], model.valid_vocab - first))]
 
 
-def _logits(hidden_CD: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return (hidden_CD @ weight.t()).float() / temperature
+def _logits(hidden_CD: Tensor, weight: Tensor, temperature: float, softcap: float | None = None) -> Tensor:
+    return softcapped(hidden_CD @ weight.t(), softcap).float() / temperature
 
 
 def _joined(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -130,10 +134,11 @@ class _VocabularyParallel(torch.autograd.Function):
         temperature: float,
         chunk: int,
         with_entropy: bool,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         log_probs, log_sums, entropies = [], [], []
         for hidden_CD, targets_C in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            logits = _logits(hidden_CD, weight, temperature)
+            logits = _logits(hidden_CD, weight, temperature, softcap)
             largest = _joined(logits.amax(1, keepdim=True), dist.ReduceOp.MAX)
             exponentials = (logits - largest).exp_()
             mine, place = _own_targets(targets_C, weight.shape[0])
@@ -147,7 +152,7 @@ class _VocabularyParallel(torch.autograd.Function):
             entropies += [(log_sum - part / total).squeeze(1) for part in weighted]
         entropy = torch.cat(entropies) if with_entropy else hidden.new_empty(0, dtype=torch.float32)
         ctx.save_for_backward(hidden, weight, targets, torch.cat(log_sums), entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.softcap = temperature, chunk, softcap
         ctx.set_materialize_grads(False)
         return torch.cat(log_probs), entropy
 
@@ -158,7 +163,8 @@ class _VocabularyParallel(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            log_p = _logits(hidden[rows], weight, ctx.temperature) - log_sums[rows]
+            logits = _logits(hidden[rows], weight, ctx.temperature, ctx.softcap)
+            log_p = logits - log_sums[rows]
             p = log_p.exp()
             grad_logits = torch.zeros_like(p)
             if grad is not None:
@@ -168,7 +174,10 @@ class _VocabularyParallel(torch.autograd.Function):
             if grad_entropy is not None:
                 factor = grad_entropy[rows].unsqueeze(1)
                 grad_logits.sub_(p * (log_p + entropy[rows].unsqueeze(1)) * factor)
-            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
+            grad_logits = grad_logits.div_(ctx.temperature)
+            if ctx.softcap is not None:
+                grad_logits.mul_(1 - (logits * ctx.temperature / ctx.softcap).square_())
+            grad_logits = grad_logits.to(hidden.dtype)
             grad_hidden[rows] = grad_logits @ weight
             grad_weight += (grad_logits.t() @ hidden[rows]).float()
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None

@@ -47,9 +47,9 @@ class MegatronLayout:
         return -(-vocab_size // self.tp) * self.tp
 
 
-def require_expressible(spec: ArchSpec) -> None:
-    """Raise MilesError for a model that the Megatron trainer does not carry."""
-    obstacle = megatron_obstacle(spec)
+def require_expressible(spec: ArchSpec, implementation: Implementation = "local") -> None:
+    """Raise MilesError for a model that the Megatron trainer does not carry in these layers."""
+    obstacle = megatron_obstacle(spec, engine=implementation == "transformer_engine")
     if obstacle:
         raise MilesError(
             f"the Megatron trainer does not carry {obstacle}",

@@ -7,19 +7,15 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 
-from miles.arch.spec import ArchSpec, AttentionSpec
-from miles.training.megatron.attention import PackedDotProductAttention, PackedRows, layer_angles
-from miles.training.megatron.latent_attention import PackedLatentAttention
+from miles.arch.spec import ArchSpec
+from miles.training.megatron.attention import PackedRows
+from miles.training.megatron.layer_specs import layer_specs
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.routes import RouteBook
-from miles.training.megatron.width_norm import WidthNorm
 
 
 class PolicyModel(GPTModel):
@@ -42,12 +38,10 @@ class PolicyModel(GPTModel):
         hidden = None
         if self.pre_process:
             hidden = self.embedding(input_ids=rows.tokens_1T, position_ids=rows.positions_1T)
-        output: Tensor = self.decoder(
-            hidden_states=hidden,
-            attention_mask=None,
-            rotary_pos_emb=layer_angles(self.spec.layers[0].attention, rows),
-            packed_seq_params=rows,
-        )
+            if self.spec.embedding_scale != 1.0:
+                # The factor has the embedding's precision, as where the weights were trained.
+                hidden = hidden * torch.tensor(self.spec.embedding_scale, dtype=hidden.dtype)
+        output: Tensor = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=rows)
         return output
 
     @property
@@ -90,42 +84,6 @@ def _build(
         position_embedding_type="none",
         vp_stage=vp_stage,
     )
-
-
-class BiasedRowParallelLinear(RowParallelLinear):
-    """An output projection with a bias; Megatron's configuration only has one for all matrices of a layer."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options | {"bias": True})
-
-
-def layer_specs(
-    spec: ArchSpec, layout: MegatronLayout, config: TransformerConfig, vp_stage: int | None
-) -> ModuleSpec:
-    """The layers of a stage: Transformer Engine's, or Megatron's own with an attention that takes packed
-    sequences.
-    """
-    engine = layout.implementation == "transformer_engine"
-    block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=engine, normalization="RMSNorm", vp_stage=vp_stage
-    )
-    for layer in block.layer_specs:
-        attention = layer.submodules.self_attention.submodules
-        if not engine:
-            attention.core_attention = PackedDotProductAttention
-        if not engine and spec.layers[0].attention.latent is not None:
-            layer.submodules.self_attention.module = PackedLatentAttention
-        if spec.layers[0].attention.output_bias:
-            attention.linear_proj = BiasedRowParallelLinear
-        _take_width_norms(attention, spec.layers[0].attention)
-    return block
-
-
-def _take_width_norms(submodules: Any, attention: AttentionSpec) -> None:
-    if attention.qk_norm and attention.qk_norm_over == "width":
-        heads = {"q_layernorm": attention.num_heads, "k_layernorm": attention.num_kv_heads}
-        for name, count in heads.items():
-            setattr(submodules, name, ModuleSpec(module=WidthNorm, params={"heads": count}))
 
 
 def keep_biases_in_fp32(module: nn.Module) -> None:

@@ -98,7 +98,7 @@ def places(model: PolicyModel, spec: ArchSpec, shard: Shard) -> Iterator[Place]:
             yield _outside_layers(name, parameter, spec, shard)
         else:
             index = layers[match[1]]
-            prefix = f"model.layers.{index}"
+            prefix = f"{spec.root}.layers.{index}"
             yield _in_layer(name, match[2], prefix, spec.layers[index], parameter, shard, family.moe_names)
 
 
@@ -129,10 +129,10 @@ def draft_places(model: DraftModel, spec: ArchSpec, shard: Shard) -> Iterator[Pl
 
 def _outside_layers(name: str, parameter: Tensor, spec: ArchSpec, shard: Shard) -> Place:
     if name == "decoder.final_layernorm.weight":
-        return _replicated(name, "model.norm.weight", parameter, shard)
+        return _replicated(name, f"{spec.root}.norm.weight", parameter, shard)
     assert name in ("embedding.word_embeddings.weight", "output_layer.weight"), f"no place for {name}"
     head = name == "output_layer.weight"
-    theirs = "lm_head.weight" if head and not spec.tie_word_embeddings else "model.embed_tokens.weight"
+    theirs = spec.head_name if head and not spec.tie_word_embeddings else spec.embedding_name
     start = min(shard.tp * parameter.shape[0], spec.vocab_size)
     valid = min(parameter.shape[0], spec.vocab_size - start)
     piece = Piece(theirs, 0, start, valid, lambda local: local[:valid])
@@ -150,16 +150,16 @@ def _in_layer(
     shard: Shard,
     names: MoeNames,
 ) -> Place:
-    if local.startswith("mlp.") and local not in _NORMS:
+    norms = _NORMS | (_OUTPUT_NORMS if layer.output_norms else {})
+    if local.startswith("mlp.") and local not in norms:
         return _in_mlp(name, local, prefix, layer.mlp, parameter, shard, names)
     if local.startswith("self_attention.") and layer.attention.latent is not None:
         return _in_latent_attention(name, local, f"{prefix}.self_attn", parameter, shard)
     if local in _QK_NORMS and layer.attention.qk_norm_over == "width":
         # Heads are cut, and their weights with them.
         return Place(name, (_rows(f"{prefix}.{_QK_NORMS[local]}", parameter, shard.tp),), shard.writes_dense)
-    if local in _NORMS:
-        theirs = _NORMS[local]
-        return _replicated(name, f"{prefix}.{theirs}", parameter, shard)
+    if local in norms:
+        return _replicated(name, f"{prefix}.{norms[local]}", parameter, shard)
     if local.startswith("self_attention.linear_qkv."):
         kind = local.rpartition(".")[2]
         return Place(
@@ -242,6 +242,14 @@ _NORMS = _QK_NORMS | {
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
 }
 """Parameters that every tensor-parallel rank has whole: Megatron's own layers and Transformer Engine's."""
+
+_OUTPUT_NORMS = {
+    "self_attention.linear_proj.post_layernorm.weight": "post_attention_layernorm.weight",
+    "pre_mlp_layernorm.weight": "pre_feedforward_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_feedforward_layernorm.weight",
+    "mlp.linear_fc2.post_layernorm.weight": "post_feedforward_layernorm.weight",
+}
+"""In layers whose blocks end with a norm (`LayerSpec.output_norms`)."""
 
 
 def _replicated(name: str, theirs: str, parameter: Tensor, shard: Shard) -> Place:

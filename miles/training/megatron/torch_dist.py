@@ -61,11 +61,18 @@ def torch_dist_to_hf(source: Path, target: Path, config_dir: Path | None = None)
     """Write the weights of a `torch_dist` checkpoint as a Hugging Face checkpoint, bit for bit.
 
     Args:
-        config_dir: where config.json and the tokenizer are, if not in `source`.
+        config_dir: the checkpoint that has config.json and the tokenizer, if not `source`, and the weights of
+            other parts than the language model, which Megatron does not hold.
     """
     source = _newest(source)
     described = config_dir or source
     spec = load_spec(described)
+    if spec.other_parts and config_dir is None:
+        raise CheckpointError(
+            f"only the language model of {spec.architecture} is in it, not {', '.join(spec.other_parts)}",
+            where=str(source),
+            fix="name the checkpoint that it was made from: --origin-hf-dir",
+        )
     tensors = dict(_read(source, spec, TORCH_DTYPES[spec.dtype]))
     write_hf(target, spec, tensors.items(), described, spec.dtype)
     return len(tensors)

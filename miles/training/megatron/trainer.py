@@ -78,7 +78,7 @@ class MegatronTrainer(RolloutTrainer):
         dist_checkpoints: bool = False,
     ) -> None:
         settings.validate()
-        require_expressible(spec)
+        require_expressible(spec, (layout or MegatronLayout()).implementation)
         self.spec, self.settings, self.dtype, self.source_dir = spec, settings, dtype, source_dir
         self._dist_checkpoints = dist_checkpoints
         self.layout = layout or MegatronLayout()
@@ -306,8 +306,11 @@ class MegatronTrainer(RolloutTrainer):
 
     @property
     def _shares_prompts(self) -> bool:
-        """Rows that sequence parallelism pads, and Transformer Engine's attention, take whole sequences."""
-        return self.layout.implementation == "local" and not self.layout.sequence_parallel
+        """Rows that sequence parallelism pads, Transformer Engine's attention and windows take whole
+        sequences.
+        """
+        whole = self.layout.implementation != "local" or self.layout.sequence_parallel
+        return not whole and self.spec.has_plain_attention
 
     def _model(self, model: ModelRole) -> Chunks:
         if model == "policy":

@@ -40,9 +40,10 @@ def transformer_config(
             add_qkv_bias=attention.qkv_bias,
             qk_layernorm=_norms_queries(attention),
             normalization="RMSNorm",
+            layernorm_zero_centered_gamma=spec.norm_plus_one,
             layernorm_epsilon=spec.rms_norm_eps,
             gated_linear_unit=True,
-            activation_func=F.silu,
+            softmax_scale=None if attention.latent else attention.scale,
             hidden_dropout=0.0,
             attention_dropout=0.0,
             params_dtype=dtype,
@@ -71,6 +72,7 @@ def transformer_config(
             apply_rope_fusion=engine and (attention.latent is None or attention.rope.scaling is not None),
             bias_dropout_fusion=False,
             mtp_num_layers=spec.mtp_num_layers or None,
+            **_windows(spec),
             **_mlp(spec, layout),
             **_latent(attention),
             **_recompute(spec, settings),
@@ -84,6 +86,21 @@ def _left_alone(weight: Tensor) -> Tensor:
 
 def _norms_queries(attention: AttentionSpec) -> bool:
     return attention.latent is not None or (attention.qk_norm and attention.qk_norm_over == "head")
+
+
+def _windows(spec: ArchSpec) -> dict[str, Any]:
+    """Of which layers a token sees so many before it, and none behind it."""
+    windows = [layer.attention.window for layer in spec.layers]
+    width = next((window for window in windows if window is not None), None)
+    if width is None:
+        return {}
+    windowed = [int(window is not None) for window in windows]
+    return {"window_size": (width - 1, 0), "window_attn_skip_freq": windowed}
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
 
 
 def _latent(attention: AttentionSpec) -> dict[str, Any]:
@@ -115,11 +132,12 @@ def _latent(attention: AttentionSpec) -> dict[str, Any]:
 def _mlp(spec: ArchSpec, layout: MegatronLayout) -> dict[str, Any]:
     dense = [layer.mlp for layer in spec.layers if isinstance(layer.mlp, DenseMlpSpec)]
     width = dense[0].intermediate_size if dense else 4 * spec.hidden_size
+    by_tanh = bool(dense) and dense[0].activation == "gelu_tanh"
+    fields = {"ffn_hidden_size": width, "activation_func": gelu_tanh if by_tanh else F.silu}
     moe = spec.moe
     if moe is None:
-        return {"ffn_hidden_size": width}
-    return {
-        "ffn_hidden_size": width,
+        return fields
+    return fields | {
         "num_moe_experts": moe.num_experts,
         "moe_layer_freq": [int(index in spec.moe_layers) for index in range(spec.num_layers)],
         "moe_ffn_hidden_size": moe.intermediate_size,

@@ -175,8 +175,6 @@ SAID_BESIDES = {
     "glm-4.5-spec": {"ALN5"},
     # Neither QAT in Megatron nor SGLang's packed INT4 weights are carried yet.
     "deepseek-v3-int4-single-node": {"CAP1", "CAP2", "CAP5"},
-    # One configuration of megatron-core holds for all layers: none for windows in five of six.
-    "gemma-3-12b": {"LAY14"},
 }
 
 

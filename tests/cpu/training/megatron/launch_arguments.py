@@ -73,7 +73,7 @@ def arguments(profile: str) -> str:
 def _megatron(subject: Subject, plan: Plan) -> Iterator[str]:
     spec = subject.spec
     assert spec is not None
-    obstacle = megatron_obstacle(spec)
+    obstacle = megatron_obstacle(spec, engine=True)
     if obstacle:
         yield f"# Megatron does not carry {obstacle}"
         return

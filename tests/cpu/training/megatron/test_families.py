@@ -1,23 +1,28 @@
-"""Families with sigmoid routers, shared experts and MTP layers in Megatron's form."""
+"""Families with sigmoid routers, shared experts and MTP layers, and with windows and soft caps, in Megatron's
+form.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from miles.algorithms.losses import PolicyLossSettings
 from miles.arch import ArchSpec, load_spec, optional_copies, spec_from_hf_config
 from miles.data.batch import TrainBatch
+from miles.errors import CheckpointError
 from miles.models.decoder import Decoder
 from miles.models.mtp import MtpDraft
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.torch_dist import hf_to_torch_dist, torch_dist_to_hf
 from miles.training.megatron.trainer import MegatronTrainer
 from miles.training.native.trainer import NativeTrainer
-from miles.training.settings import OptimizerSettings, TrainerSettings
+from miles.training.settings import AlgorithmSettings, OptimizerSettings, TrainerSettings
 from miles.weights.hf import read_hf, write_hf
 from miles.weights.native_map import to_published
 
@@ -42,6 +47,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 6}
     | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}
     | SHARED,
+    "gemma2": {"architectures": ["Gemma2ForCausalLM"], "layer_types": ["sliding_attention", "full_attention"]}
+    | {"sliding_window": 4, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0}
+    | {"query_pre_attn_scalar": 7},
+    "gemma3_text": {"architectures": ["Gemma3ForCausalLM"], "sliding_window": 4, "sliding_window_pattern": 2}
+    | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 100.0}
+    | {"query_pre_attn_scalar": 11},
     "minimax_m2": {"architectures": ["MiniMaxM2ForCausalLM"], "num_local_experts": 4, "rotary_dim": 4}
     | {"num_experts_per_tok": 2, "intermediate_size": 12},
 }
@@ -53,7 +64,10 @@ def family_spec(name: str, **more: Any) -> ArchSpec:
 
 def settings_of(spec: ArchSpec) -> TrainerSettings:
     return TrainerSettings(
-        optimizer=OptimizerSettings(lr=2e-3), max_tokens_per_micro_batch=40, train_mtp=spec.mtp is not None
+        optimizer=OptimizerSettings(lr=2e-3),
+        max_tokens_per_micro_batch=40,
+        train_mtp=spec.mtp is not None,
+        algorithm=AlgorithmSettings(policy=PolicyLossSettings(entropy_coef=0.01), temperature=0.7),
     )
 
 
@@ -72,6 +86,21 @@ def test_two_steps_equal_the_native_trainers(name: str, make_batch: Callable[...
     expected = dict(trainers[1].named_weights())
     for key, tensor in trainers[0].named_weights():
         assert (tensor - expected[key]).abs().mean() <= 1e-5, key
+
+
+@pytest.mark.parametrize(
+    "again", [{"recompute_num_layers": 2}, {"recompute_modules": frozenset({"core_attn", "mlp"})}]
+)
+def test_layers_with_windows_run_again_in_backward(
+    again: dict[str, Any], make_batch: Callable[..., TrainBatch]
+) -> None:
+    spec = family_spec("gemma3_text")
+    batch, norms = make_batch(spec, noise=0.3), []
+    for more in ({}, again):
+        trainer = MegatronTrainer(spec, replace(settings_of(spec), **more))
+        trainer.init_weights(0)
+        norms.append(trainer.train_step(batch).metrics["train/grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -97,6 +126,22 @@ def test_to_torch_dist_and_back(name: str, tmp_path: Path) -> None:
         assert found[key].dtype == tensor.dtype, key
         assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
     assert load_spec(tmp_path / "back") == spec
+
+
+@pytest.mark.slow
+def test_a_tower_beside_the_language_model_is_taken_from_where_it_was(tmp_path: Path) -> None:
+    """Megatron holds the language model alone."""
+    pytest.importorskip("transformers")
+    from tests.cpu.families.tiny_checkpoints import CASES
+
+    CASES["gemma3"].save(tmp_path / "hf")
+    hf_to_torch_dist(tmp_path / "hf", tmp_path / "torch_dist")
+    with pytest.raises(CheckpointError, match=r"not vision_tower.*, multi_modal_projector"):
+        torch_dist_to_hf(tmp_path / "torch_dist", tmp_path / "back")
+    torch_dist_to_hf(tmp_path / "torch_dist", tmp_path / "back", tmp_path / "hf")
+    given, found = dict(read_hf(tmp_path / "hf")), dict(read_hf(tmp_path / "back"))
+    assert given.keys() == found.keys() and any(name.startswith("vision_tower.") for name in given)
+    assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
 
 
 LAYOUTS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from miles.arch import ArchSpec, spec_from_hf_config, with_mtp
+from miles.arch import ArchSpec, load_spec, spec_from_hf_config, with_mtp
+from miles.arch.specs import shipped_spec
 from miles.errors import MilesError
 from miles.models.attention import PackedAttention
 from miles.models.decoder import Decoder
 from miles.models.routing import Router
+from miles.models.softcap import softcapped
 from miles.training.megatron.groups import open_groups
-from miles.training.megatron.layout import MegatronLayout, require_expressible
+from miles.training.megatron.layout import Implementation, MegatronLayout, require_expressible
 from miles.training.native.micro_batches import MicroBatch
 from miles.training.settings import TrainerSettings
 from miles.weights.hf import read_hf, write_hf
-from miles.weights.native_map import published_views, to_published
+from miles.weights.native_map import load_published, published_views, to_published
 
 BASE = {
     "vocab_size": 53,
@@ -108,6 +111,8 @@ CASES |= {
     | LATENT
     | SHARED,
 }
+GEMMA = ("gemma2", "gemma3_text", "gemma3")
+"""Of `tests/cpu/families/tiny_checkpoints.py`: windows of 5 or 6 tokens; the last has a tower."""
 LENGTHS = (7, 1, 40, 12)
 
 
@@ -119,6 +124,23 @@ def random_decoder(spec: ArchSpec) -> Decoder:
         for name, parameter in decoder.named_parameters():
             parameter.normal_(std=0.3, generator=generator).add_(1.0 if "norm" in name else 0.0)
     return decoder
+
+
+def made(case: dict[str, Any] | str, directory: Path) -> tuple[Decoder, Any]:
+    """A checkpoint, as the native decoder and transformers read it. A name: one that transformers made."""
+    transformers = pytest.importorskip("transformers")
+    if isinstance(case, str):
+        from tests.cpu.families.tiny_checkpoints import CASES as MADE_BY_TRANSFORMERS
+
+        reference = MADE_BY_TRANSFORMERS[case].save(directory)
+        decoder = Decoder(load_spec(directory))
+        load_published(decoder, read_hf(directory))
+        return decoder, reference
+    decoder = random_decoder(spec_from_hf_config(BASE | case))
+    write_hf(directory, decoder.spec, to_published(decoder))
+    return decoder, transformers.AutoModelForCausalLM.from_pretrained(
+        directory, experts_implementation="eager"
+    )
 
 
 def packed(spec: ArchSpec) -> tuple[list[Tensor], MicroBatch]:
@@ -142,18 +164,16 @@ def packed(spec: ArchSpec) -> tuple[list[Tensor], MicroBatch]:
     )
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_weights_logits_and_gradients(case: dict[str, Any], tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    spec, layout = spec_from_hf_config(BASE | case), MegatronLayout()
+@pytest.mark.parametrize("case", [*CASES.values(), *GEMMA], ids=[*CASES, *GEMMA])
+def test_weights_logits_and_gradients(case: dict[str, Any] | str, tmp_path: Path) -> None:
+    decoder, reference = made(case, tmp_path / "hf")
+    spec, layout = decoder.spec, MegatronLayout()
     open_groups(layout, spec.num_layers)
     from miles.training.megatron.attention import micro_batch_rows
     from miles.training.megatron.model import build_chunks
     from miles.training.megatron.tensors import MegatronTensors
     from miles.training.megatron.transformer_config import transformer_config
 
-    decoder = random_decoder(spec)
-    write_hf(tmp_path / "hf", spec, to_published(decoder))
     config = transformer_config(spec, layout, TrainerSettings(), torch.float32)
     chunks = build_chunks(spec, layout, config, torch.device("cpu"))
     tensors = MegatronTensors(spec, chunks, torch.device("cpu"))
@@ -165,13 +185,11 @@ def test_weights_logits_and_gradients(case: dict[str, Any], tmp_path: Path) -> N
     sequences, micro_batch = packed(spec)
     (model,) = chunks
     model.routes.announce(None, measure=False, trains=True)
-    logits = model(micro_batch_rows(micro_batch, layout, spec)).squeeze(1) @ model.head_weight.t()
+    hidden = model(micro_batch_rows(micro_batch, layout, spec)).squeeze(1)
+    logits = softcapped(hidden @ model.head_weight.t(), spec.logit_softcap)
     attention = PackedAttention(micro_batch.cu_seqlens_N1)
     native = decoder.logits(
         decoder(micro_batch.tokens_T, micro_batch.positions_T, attention, Router.decide())
-    )
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "hf", experts_implementation="eager"
     )
     expected = torch.cat([reference(tokens[None]).logits[0] for tokens in sequences])
     assert expected.abs().max() > 1
@@ -219,6 +237,23 @@ def test_mtp_layers_of_another_kind_than_the_last_layer_are_refused_by_name() ->
     odd = replace(spec, mtp=replace(spec.mtp, layers=(spec.layers[1],)))
     with pytest.raises(MilesError, match="does not carry MTP layers of another kind"):
         require_expressible(odd)
+
+
+@pytest.mark.parametrize(
+    ("model", "implementation", "what"),
+    [
+        ("llama-4-scout-17b-16e", "local", "a model of the family llama4"),
+        ("gemma-3n-e4b", "local", "a model of the family gemma3n"),
+        ("deepseek-v3.2", "local", "a model of the family deepseek_v32"),
+        ("gemma-2-9b", "transformer_engine", "soft-capped attention in Transformer Engine's layers"),
+        ("gemma-2-9b", "local", ""),
+        ("gemma-3-12b", "transformer_engine", ""),
+    ],
+)
+def test_what_is_not_carried_is_named(model: str, implementation: Implementation, what: str) -> None:
+    expected = pytest.raises(MilesError, match=f"does not carry {what}") if what else nullcontext()
+    with expected:
+        require_expressible(shipped_spec(model), implementation)
 
 
 def test_a_dense_model_computes_as_ever_where_preflight_refuses_fp8() -> None:
