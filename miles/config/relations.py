@@ -101,6 +101,16 @@ EXCLUSIVE = (
         "correction.tis_clip_low",
         "the threshold masks, tis_clip_low raises",
     ),
+    (
+        "reward.custom_reward_post_process_path",
+        "reward.overlong_buffer_len",
+        "a function of yours makes all of the reward that is trained on",
+    ),
+    (
+        "reward.custom_reward_post_process_path",
+        "algorithm.disable_rewards_normalization",
+        "the function stands in place of the normalisation",
+    ),
     ("rollout.num_rollout", "rollout.num_epoch", "each of them gives the length of the run"),
     ("rollout.one_step_ahead", "rollout.fully_async", "they are two different schedules"),
     (
@@ -155,8 +165,18 @@ ORDERED = (
     ("correction.tis_clip_low", "correction.tis_clip"),
     ("correction.rs_lower_bound", "correction.rs_upper_bound"),
     ("optimizer.min_lr", "optimizer.lr"),
+    ("reward.overlong_buffer_len", "rollout.rollout_max_response_len"),
     ("rollout.rollout_batch_size", "rollout.over_sampling_batch_size"),
     ("rollout.rollout_max_prompt_len", "rollout.rollout_max_context_len"),
     ("eval.eval_max_prompt_len", "eval.eval_max_context_len"),
 )
 """Left is at most right."""
+
+HOOKS = (
+    "reward.custom_rm_path",
+    "reward.custom_reward_post_process_path",
+    "rollout.custom_generate_function_path",
+    "rollout.rollout_sample_filter_path",
+    "correction.custom_tis_function_path",
+)
+"""Settings that name a user function."""

@@ -149,6 +149,18 @@ def validate_custom_loss(resolved: ResolvedConfig) -> Iterator[Conflict]:
         )
 
 
+def validate_reward_server(resolved: ResolvedConfig) -> Iterator[Conflict]:
+    """`remote_rm` and its address come together."""
+    reward = resolved.config.reward
+    if (reward.rm_type == "remote_rm") != (reward.rm_url is not None):
+        yield Conflict(
+            ("reward.rm_type", "reward.rm_url"),
+            'rm_type = "remote_rm" and rm_url come together',
+            "one of them is missing",
+            "add --rm-type remote_rm --rm-url URL, or leave both out",
+        )
+
+
 def validate_truncation(resolved: ResolvedConfig) -> Iterator[Conflict]:
     """Truncation has no lower bound."""
     low = "correction.tis_clip_low"
@@ -214,6 +226,7 @@ RULES: tuple[Rule, ...] = (
     validate_order,
     validate_estimator,
     validate_custom_loss,
+    validate_reward_server,
     validate_truncation,
     validate_dtype,
     validate_recompute,

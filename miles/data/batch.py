@@ -49,7 +49,7 @@ class TrainBatch:
     rollout_log_probs: np.ndarray
     """float32 [T], the engine's log-prob of the target; NaN where absent."""
     rewards: np.ndarray
-    """float32 [N]; NaN where absent."""
+    """float32 [N], shaped where rewards are; NaN where absent."""
     response_lengths: np.ndarray
     """int32 [N], response tokens, masked ones included."""
     sample_index: np.ndarray
@@ -192,7 +192,7 @@ def pack(samples: Sequence[Sample], reward_key: str | None = None) -> TrainBatch
         cu_seqlens=cu_seqlens,
         loss_mask=responses.loss_mask(),
         rollout_log_probs=responses.log_probs(),
-        rewards=np.array([_or_nan(s.reward_value(reward_key)) for s in samples], dtype=np.float32),
+        rewards=np.array([_trained_reward(s, reward_key) for s in samples], dtype=np.float32),
         response_lengths=np.array([s.response_length for s in samples], dtype=np.int32),
         sample_index=_ids([s.index for s in samples]),
         group_index=_ids([s.group_index for s in samples]),
@@ -289,5 +289,6 @@ def _ids(values: list[int | None]) -> np.ndarray:
     return np.array([-1 if v is None else v for v in values], dtype=np.int64)
 
 
-def _or_nan(value: float | None) -> float:
+def _trained_reward(sample: Sample, reward_key: str | None) -> float:
+    value = sample.reward_value(reward_key) if sample.shaped_reward is None else sample.shaped_reward
     return float("nan") if value is None else value

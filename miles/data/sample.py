@@ -89,6 +89,8 @@ class Sample:
     """Number of response tokens, the stop token included; tool output counts as response."""
     label: str | None = None
     reward: float | dict[str, Any] | None = None
+    shaped_reward: float | None = None
+    """What is trained on in place of `reward`, where rewards are shaped: it joins the group normalisation."""
     loss_mask: list[int] | None = None
     """0 or 1 per response token; None means that every response token is trained on."""
     remove_sample: bool = False

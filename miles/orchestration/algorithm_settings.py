@@ -22,6 +22,7 @@ def algorithm_settings(config: RunConfig, plan: Plan) -> AlgorithmSettings:
         advantage_estimator=algorithm.advantage_estimator,
         disable_rewards_normalization=algorithm.disable_rewards_normalization,
         disable_grpo_std_normalization=algorithm.disable_grpo_std_normalization,
+        rewards_are_normalized=config.reward.custom_reward_post_process_path is not None,
         normalize_advantages=algorithm.normalize_advantages,
         gamma=algorithm.gamma,
         kl_coef=algorithm.kl_coef,

@@ -12,6 +12,7 @@ from pathlib import Path
 from miles import environment
 from miles._version import __version__
 from miles.config import ResolvedConfig, RunConfig, from_json, to_json
+from miles.config.relations import HOOKS
 from miles.errors import Unavailable
 
 ORDER_FILE = "job.json"
@@ -102,12 +103,13 @@ def write_order(
 
 def _named_files(config: RunConfig) -> Iterator[Path]:
     """Files that the run names relative to the launcher's working directory and that lie below it."""
-    hook = (config.reward.custom_rm_path or "").partition(":")[0]
+    given = config.model_dump()
+    hooks = [given[section][name] for section, _, name in (hook.partition(".") for hook in HOOKS)]
     named = [
         config.data.prompt_data,
         *config.eval.eval_prompt_data[1::2],
         config.data.chat_template_path,
-        hook,
+        *((hook or "").partition(":")[0] for hook in hooks),
     ]
     for name in named:
         path = Path((name or "").partition("@[")[0])

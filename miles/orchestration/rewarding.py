@@ -16,7 +16,14 @@ from miles.rollout.collect import Score
 def scorer_of(config: RunConfig, reward_key: str | None) -> RewardScorer:
     """The scorer that the run file asks for."""
     reward = config.reward
-    return build_scorer(reward.rm_type, reward.custom_rm_path, reward.group_rm, reward_key, args=config)
+    return build_scorer(
+        reward.rm_type,
+        reward.custom_rm_path,
+        reward.group_rm,
+        reward_key,
+        args=config,
+        rm_url=reward.rm_url,
+    )
 
 
 def inline_score(config: RunConfig, reward_key: str | None, record: RecordWriter) -> Score:

@@ -11,6 +11,7 @@ from miles.data.hooks import Hook
 from miles.data.sample import Sample
 from miles.data.source import PromptSource
 from miles.errors import RunError
+from miles.orchestration.reward_shaping import Shaping
 from miles.rollout.collect import CollectSettings, Generate, Group, Score, collect
 from miles.rollout.custom import Surroundings, generate_group_with
 from miles.rollout.engine import GenerationClient
@@ -63,6 +64,7 @@ class RolloutWorker:
         eval_score: Score | None = None,
         eval_reward_key: str | None = None,
         custom: CustomGeneration | None = None,
+        shaping: Shaping | None = None,
     ) -> None:
         self.engine = engine
         self.prompts = prompts
@@ -75,6 +77,7 @@ class RolloutWorker:
         self._eval_score = eval_score or score
         self._eval_reward_key = eval_reward_key
         self._custom = custom
+        self._shaping = shaping
 
     async def collect(self, step: int) -> StepRollout:
         """Draw, generate, score and filter the prompt groups of one step."""
@@ -88,12 +91,15 @@ class RolloutWorker:
         )
         self.prompts.put_back(rollout.unused)
         self.prompts.lengths.observe(rollout.groups)
+        if self._shaping is not None:
+            await self._shaping.filter(rollout.groups)
         samples = _with_reward(rollout.groups)
+        shaped = {} if self._shaping is None else await self._shaping.shape(samples)
         seconds = time.perf_counter() - started
         generated = sum(sample.response_length for sample in samples)
         speed = {"perf/rollout_time": seconds, "perf/rollout_tokens_per_sec": generated / seconds}
         speed |= await self._break_even()
-        return StepRollout(samples, rollout.metrics | self._row_problems() | speed)
+        return StepRollout(samples, rollout.metrics | shaped | self._row_problems() | speed)
 
     def _draw(self, count: int) -> list[Group]:
         """The next groups; what is likely to take long is begun first."""

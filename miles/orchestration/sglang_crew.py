@@ -13,6 +13,7 @@ from torch import Tensor
 
 from miles.arch import ArchSpec
 from miles.arch.precision import PrecisionPolicy
+from miles.http_client import HttpClient
 from miles.orchestration import assemble
 from miles.orchestration.disk_weights import DiskWeights
 from miles.orchestration.engine_pool import EnginePool
@@ -26,7 +27,6 @@ from miles.planning.speculation import OWN_DRAFT
 from miles.record import RecordWriter, RunLayout
 from miles.rollout.sglang.command import ServerOptions
 from miles.rollout.sglang.engine import SglangEngine
-from miles.rollout.sglang.http import HttpClient
 from miles.rollout.sglang.server import ServerProcess
 
 if TYPE_CHECKING:

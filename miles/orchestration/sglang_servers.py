@@ -16,13 +16,13 @@ import numpy as np
 from torch import Tensor
 
 from miles.errors import MilesError
+from miles.http_client import ConnectionLost
 from miles.orchestration.weight_group import WeightGroup
 from miles.orchestration.weight_packets import Manifest, Weights, unpack, verify
 from miles.orchestration.worker_loss import WorkerLost
 from miles.rollout.engine import EngineHealth, GenerateRequest
 from miles.rollout.sglang.control import MemoryTag, UpdateFailed
 from miles.rollout.sglang.engine import SglangEngine
-from miles.rollout.sglang.http import ConnectionLost
 from miles.rollout.sglang.probe import probe
 from miles.rollout.sglang.server import ServerProcess
 

@@ -21,6 +21,7 @@ from miles.orchestration.decode_kernel import decode_library
 from miles.orchestration.demonstrations import DemonstrationWorker
 from miles.orchestration.driver import Driver, RolloutSide, Schedule, TrainSide
 from miles.orchestration.observer import Observer
+from miles.orchestration.reward_shaping import Shaping
 from miles.orchestration.rollout_worker import CustomGeneration, RolloutWorker
 from miles.orchestration.run_model import read_weights
 from miles.orchestration.supervisor import Supervisor
@@ -151,6 +152,7 @@ def build_sampling(
         eval_score=eval_score,
         eval_reward_key=config.reward.eval_reward_key or config.reward.reward_key,
         custom=_custom_generation(config, engine, tokenizer),
+        shaping=Shaping.of(config, plan),
     )
 
 

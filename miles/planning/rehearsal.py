@@ -90,6 +90,9 @@ def _rollout(config: RunConfig) -> Iterator[Change]:
     if config.reward.custom_rm_path is None:
         equal = "an untrained model solves nothing, and equal rewards have no gradient"
         yield _change(config, "reward.rm_type", "random", equal)
+        yield _change(config, "reward.rm_url", None, equal)
+    if config.reward.overlong_buffer_len > RESPONSE_LEN:
+        yield _change(config, "reward.overlong_buffer_len", RESPONSE_LEN, short)
     if config.training.max_tokens_per_gpu is not None:
         tokens = _samples(config) * (PROMPT_LEN + RESPONSE_LEN) // MICRO_BATCHES
         yield _change(config, "training.max_tokens_per_gpu", tokens, short)

@@ -415,6 +415,20 @@ METRICS: tuple[Metric, ...] = (
     # -- rollout --
     _m("rollout/raw_reward", "mean reward as the verifier gave it", "", None, "the policy; the goal"),
     _m("rollout/rewards", "mean reward after shaping and normalisation", "", None, "reward normalisation"),
+    _m(
+        "rollout/overlong_penalty",
+        "mean of what the soft overlong punishment adds to a reward",
+        "",
+        Band(-0.2, 0),
+        "response length, reward.overlong_buffer_len",
+    ),
+    _m(
+        "rollout/overlong_frac",
+        "fraction of samples that reach into the overlong buffer",
+        FRACTION,
+        Band(0, 0.2),
+        "response length, reward.overlong_buffer_len",
+    ),
     _m("rollout/response_len/mean", "mean response length", TOKENS, None, "policy, truncation"),
     _m("rollout/response_len/median", "median response length", TOKENS, None, "policy"),
     _m("rollout/response_len/max", "longest response", TOKENS, None, "rollout_max_response_len"),

@@ -13,7 +13,7 @@ from miles.data.sample import Sample, SampleStatus
 from miles.errors import ConfigError, DataError, MilesError
 from miles.rewards.custom import ErrorPolicy, per_group, per_sample
 from miles.rewards.outcome import Outcome, RewardFailure, RewardReport, Verifier
-from miles.rewards.registry import built_in_verifier
+from miles.rewards.registry import WITHOUT_LABEL, built_in_verifier
 
 JUDGED = (SampleStatus.COMPLETED, SampleStatus.TRUNCATED)
 
@@ -90,6 +90,7 @@ def build_scorer(
     group_rm: bool = False,
     reward_key: str | None = None,
     args: Any = None,
+    rm_url: str | None = None,
     on_error: ErrorPolicy = "raise",
 ) -> RewardScorer:
     """The scorer of a run. A custom function wins over `rm_type`, which it may read from `args`.
@@ -118,10 +119,8 @@ def build_scorer(
                 fix="--rm-type exact, --rm-type math, or --custom-rm-path path/to/file.py:function",
             )
         )
-    judges = rm_type != "random"
-    return RewardScorer(
-        built_in_verifier(rm_type), reward_key, needs_label=judges, source=f"--rm-type {rm_type}"
-    )
+    verifier = built_in_verifier(rm_type, rm_url)
+    return RewardScorer(verifier, reward_key, rm_type not in WITHOUT_LABEL, f"--rm-type {rm_type}")
 
 
 def _unfinished(sample: Sample) -> RewardFailure:

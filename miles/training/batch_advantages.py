@@ -64,7 +64,8 @@ def _require_rewards(batch: TrainBatch) -> None:
 def _normalize(batch: TrainBatch, settings: AlgorithmSettings) -> GroupRewards:
     baseline = choose_baseline(
         settings.estimator.baseline,
-        disable_rewards_normalization=settings.disable_rewards_normalization,
+        disable_rewards_normalization=settings.disable_rewards_normalization
+        or settings.rewards_are_normalized,
         disable_std_normalization=settings.disable_grpo_std_normalization,
     )
     if baseline != "none" and (batch.group_index < 0).any():

@@ -54,6 +54,8 @@ class AlgorithmSettings:
     advantage_estimator: str = "grpo"
     disable_rewards_normalization: bool = False
     disable_grpo_std_normalization: bool = False
+    rewards_are_normalized: bool = False
+    """A function of the user's stood in place of the group normalisation."""
     normalize_advantages: bool = False
     gamma: float = 1.0
     kl_coef: float = 0.0

@@ -28,6 +28,7 @@ from miles.arch import ArchSpec, load_spec
 from miles.config.sglang_table import TABLE
 from miles.data.batch import pack
 from miles.data.sample import Sample
+from miles.http_client import HttpClient
 from miles.models import mlp
 from miles.orchestration.disk_weights import DiskWeights
 from miles.orchestration.sglang_servers import ServedEngine, TensorPacket
@@ -38,7 +39,6 @@ from miles.record import RunReader
 from miles.rollout.engine import GenerateOutput, GenerateRequest, SamplingParams
 from miles.rollout.native.engine import EngineSettings, NativeEngine
 from miles.rollout.sglang.engine import SglangEngine, SglangSettings
-from miles.rollout.sglang.http import HttpClient
 from miles.rollout.sglang.probe import probe
 from miles.rollout.sglang.server import ServerProcess
 from miles.training.native.trainer import NativeTrainer

@@ -16,9 +16,9 @@ from miles.arch import load_spec
 from miles.data.batch import pack
 from miles.data.tasks import resolve_builtin
 from miles.data.tokenizer import CheckpointTokenizer
+from miles.http_client import HttpClient
 from miles.rollout.engine import GenerateOutput, GenerateRequest, SamplingParams
 from miles.rollout.sglang.engine import SglangEngine, SglangSettings
-from miles.rollout.sglang.http import HttpClient
 from miles.rollout.sglang.probe import probe
 from miles.rollout.sglang.server import ServerProcess
 from miles.training.megatron.trainer import MegatronTrainer

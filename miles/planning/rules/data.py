@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from miles.config.relations import HOOKS
 from miles.planning.facts.data import DataFacts
 from miles.planning.findings import Found, Severity
 from miles.planning.rules.rule import rule
@@ -12,13 +13,6 @@ from miles.planning.subject import Subject
 
 NEEDS_LABEL = ("exact", "math", "dapo", "deepscaler", "f1", "gpqa")
 """Verifiers that compare a response with an expected answer."""
-
-HOOKS = (
-    "reward.custom_rm_path",
-    "rollout.custom_generate_function_path",
-    "correction.custom_tis_function_path",
-)
-"""Settings that name a user function."""
 
 PYTHON_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*|.+\.py:[A-Za-z_]\w*")
 """`package.module.function`, `package.module:function` or `file.py:function`."""

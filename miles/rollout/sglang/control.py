@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 
 from miles.errors import RunError
+from miles.http_client import ConnectionLost, HttpClient, Response
 from miles.rollout.sglang.contract import read_version
-from miles.rollout.sglang.http import ConnectionLost, HttpClient, Response
 from miles.rollout.sglang.weight_payload import buckets, encode
 
 T = TypeVar("T")

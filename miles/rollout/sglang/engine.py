@@ -17,11 +17,11 @@ import torch
 
 from miles.arch.spec import ArchSpec
 from miles.errors import RunError
+from miles.http_client import ConnectionLost, HttpClient
 from miles.rollout.engine import EngineHealth, GenerateOutput, GenerateRequest, RequestRefused
 from miles.rollout.sglang.continuation import joined, rest_of
 from miles.rollout.sglang.contract import BrokenContract, RouteShape, group_body, read_answer
 from miles.rollout.sglang.control import Broadcaster, Control, MemoryTag, PauseMode, UpdateFailed
-from miles.rollout.sglang.http import ConnectionLost, HttpClient
 from miles.rollout.sglang.weight_payload import with_tied_head
 
 BUCKET_BYTES = 512 * 1024**2

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from miles import environment
 from miles.errors import Unavailable
+from miles.http_client import ConnectionLost, HttpClient
 from miles.rollout.sglang.command import ServerOptions, command_line
-from miles.rollout.sglang.http import ConnectionLost, HttpClient
 
 LOOPBACK = "127.0.0.1"
 PORTS = range(20_000, 32_000)

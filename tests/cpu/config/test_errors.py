@@ -198,6 +198,17 @@ CONFLICTS = [
         "--use-tis --custom-tis-function-path a.b --use-rs",
         "correction.custom_tis_function_path and correction.use_rs exclude",
     ),
+    ("--rm-type remote_rm", "come together"),
+    ("--rm-url http://a:1", "come together"),
+    ("--overlong-penalty-factor 2", "has no effect without reward.overlong_buffer_len"),
+    (
+        "--rollout-max-response-len 8 --overlong-buffer-len 9",
+        "reward.overlong_buffer_len = 9 is above rollout.rollout_max_response_len = 8",
+    ),
+    (
+        "--custom-reward-post-process-path a.b --overlong-buffer-len 9",
+        "reward.custom_reward_post_process_path and reward.overlong_buffer_len exclude",
+    ),
     ("--use-rs --rs-lower-bound 3", "correction.rs_lower_bound = 3.0 is above correction.rs_upper_bound"),
     ("--tis-threshold 0.9", "correction.tis_threshold = 0.9 has no effect without correction.use_tis"),
     (

@@ -7,12 +7,12 @@ import asyncio
 import pytest
 import torch
 
+from miles.http_client import HttpClient
 from miles.orchestration.sglang_servers import ServedEngine, TensorPacket
 from miles.orchestration.weight_packets import pack
 from miles.orchestration.worker_loss import WorkerLost
 from miles.planning.facts.checkpoint import read_checkpoint
 from miles.rollout.sglang.engine import SglangEngine, SglangSettings
-from miles.rollout.sglang.http import HttpClient
 from tests.cpu.rollout.fake_sglang import FakeSglang
 
 UPDATE = "/update_weights_from_tensor"

@@ -11,13 +11,13 @@ import torch
 from torch.multiprocessing import reductions
 
 from miles.errors import RunError
+from miles.http_client import HttpClient
 from miles.orchestration.handle_weights import HandleWeights
 from miles.orchestration.ray_shared_gpus import Placed, in_rank_order, server_parts
 from miles.orchestration.turns import Held, NoTurns, SharedGpus
 from miles.planning.facts.checkpoint import read_checkpoint
 from miles.rollout.sglang.control import UpdateFailed
 from miles.rollout.sglang.engine import SglangEngine, SglangSettings
-from miles.rollout.sglang.http import HttpClient
 from miles.rollout.sglang.ipc_payload import DEVICE, by_uuid, encode_handles
 from tests.cpu.rollout.fake_sglang import FakeSglang
 

@@ -16,6 +16,7 @@ import torch
 from miles.arch import ArchSpec
 from miles.arch.spec import DenseMlpSpec
 from miles.errors import ConfigError, RunError, Unavailable
+from miles.http_client import ConnectionLost, HttpClient
 from miles.planning.facts.checkpoint import read_checkpoint
 from miles.rollout.engine import GenerateRequest, RequestRefused, SamplingParams
 from miles.rollout.sglang import server as server_module
@@ -23,7 +24,6 @@ from miles.rollout.sglang.command import ServerOptions, argument_words, command_
 from miles.rollout.sglang.contract import BrokenContract
 from miles.rollout.sglang.control import UpdateFailed
 from miles.rollout.sglang.engine import SglangEngine, SglangSettings
-from miles.rollout.sglang.http import ConnectionLost, HttpClient
 from miles.rollout.sglang.probe import probe
 from miles.rollout.sglang.server import free_ports
 from miles.rollout.sglang.weight_payload import buckets, encode
