@@ -190,6 +190,7 @@ def sglang_settings(config: RunConfig, plan: Plan) -> SglangSettings:
         tensor_parallel_size=int((plan.server_args or {}).get("tp_size", 1)),
         bucket_bytes=sync.update_weight_buffer_size,
         pause_mode=sync.pause_generation_mode,
+        repacks=plan.rollout_format == "int4",
     )
 
 

@@ -237,6 +237,12 @@ class Subject:
         return plan_speculation(self.config.sglang) if self.config.rollout.backend == "native" else None
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the loss asks for the frozen policy that the run starts from."""
+        algorithm = self.config.algorithm
+        return algorithm.loss_type == "policy_loss" and (algorithm.use_kl_loss or algorithm.kl_coef != 0)
+
+    @property
     def starts_servers(self) -> bool:
         """Whether the run starts SGLang servers of its own."""
         rollout = self.config.rollout
@@ -314,7 +320,7 @@ class Subject:
             self.dtype,
             cached_tokens=limits.cached_tokens,
             micro_batch_tokens=tokens,
-            reference=self.config.algorithm.use_kl_loss or self.config.algorithm.kl_coef != 0,
+            reference=self.needs_reference,
             rollout_format=self.rollout_format,
             packed=self.decode is not None and self.decode.kernel == "fused",
             mtp_parameters=self._mtp_parameters,

@@ -13,6 +13,9 @@ _TABLE = tomllib.loads(Path(__file__).with_name("versions.toml").read_text(encod
 ROUTES_SINCE: str = _TABLE["sglang"]["routes_since"]
 """The oldest SGLang whose servers return routed experts."""
 
+PACKED_UPDATES_SINCE: str = _TABLE["sglang"]["packed_updates_since"]
+"""The oldest SGLang whose servers take packed INT4 experts again."""
+
 SGLANG_PINS: Mapping[str, Mapping[str, str]] = _TABLE["sglang"]["pins"]
 """Exact versions that a release of SGLang was built for."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from miles.arch import ArchSpec, Dtype, check_shapes, to_hf_config, with_mtp_depth
 from miles.arch.checkpoint import read_json
 from miles.arch.hf_config import HF_DTYPE_NAMES
+from miles.arch.quantization_config import KEYS
 from miles.arch.safetensors_header import INDEX_FILE, SINGLE_FILE, read_headers
 from miles.arch.tensor_roles import is_fp32_buffer
 from miles.errors import CheckpointError
@@ -83,7 +84,9 @@ def write_hf(
         check_shapes(spec, shapes, where=str(directory))
         config = to_hf_config(spec) if source_dir is None else read_json(Path(source_dir) / "config.json")
         config = with_mtp_depth(config, spec.mtp_num_layers)
-        config.pop("dtype", None)
+        # The weights are plain, whatever those of the source are.
+        for key in ("dtype", *KEYS):
+            config.pop(key, None)
         _write_json(stage / "config.json", config | {"torch_dtype": HF_DTYPE_NAMES[stored]})
         if source_dir is not None:
             copy_companions(Path(source_dir), stage)

@@ -8,13 +8,14 @@ from pathlib import Path
 from miles import environment
 from miles.config import RunConfig
 from miles.data.prompts import PromptKeys
-from miles.planning.facts.checkpoint import CheckpointFacts, read_checkpoint
+from miles.planning.facts.checkpoint import CheckpointFacts, read_checkpoint, read_load_quantisation
 from miles.planning.facts.cluster import ClusterFacts, job_server, read_cluster
 from miles.planning.facts.data import DataFacts, DataRequest, prompt_format, read_data
 from miles.planning.facts.draft import DraftFacts, read_draft_facts
 from miles.planning.facts.files import MissingPath, missing_paths
 from miles.planning.facts.machine import Gpu, MachineFacts, read_machine
 from miles.planning.facts.ports import taken_ports
+from miles.planning.facts.quantisation import Quantisation
 from miles.planning.facts.server import ServerFacts, read_server
 from miles.planning.hardware import CPU, Hardware, detect_kind
 
@@ -50,6 +51,8 @@ class Facts:
     """The draft checkpoint that the run file names."""
     server: ServerFacts | None = None
     """The environment that runs SGLang servers, where the run has some; None where there is none."""
+    load_quantisation: Quantisation | None = None
+    """How the weights of `model.load` are quantised; None for plain numbers."""
     assumed: Hardware | None = None
     """Hardware that the run is planned for in place of this machine's."""
 
@@ -99,6 +102,7 @@ def collect_facts(config: RunConfig, in_cluster: bool = False, assume: Hardware 
         draft=read_draft_facts(config.sglang.speculative_draft_model_path, checkpoint.spec),
         taken_ports=() if assume is not None else taken_ports(config),
         server=read_server(config) if config.rollout.backend == "sglang" else None,
+        load_quantisation=read_load_quantisation(config.model.load),
         assumed=assume,
     )
 

@@ -82,6 +82,12 @@ def read_checkpoint(name: str | None) -> tuple[CheckpointFacts, CheckpointTokeni
     return facts, tokenizer
 
 
+def read_load_quantisation(name: str | None) -> Quantisation | None:
+    """How the weights of `load` are quantised, by its config.json; None for plain numbers and for no file."""
+    config = Path(name) / "config.json" if name is not None else None
+    return read_quantisation(read_json(config), {}) if config is not None and config.is_file() else None
+
+
 def _builtin(name: str) -> CheckpointFacts:
     """Facts of a built-in model from its recipe; nothing is written."""
     from miles.data.tasks import sort

@@ -11,6 +11,7 @@ from miles.planning.rules import (
     data,
     decoding,
     gpu_memory,
+    int4,
     layout,
     limits,
     model,
@@ -21,6 +22,7 @@ from miles.planning.rules import (
     server,
     speculation,
     start,
+    starting_weights,
     versions,
 )
 from miles.planning.rules.rule import REGISTRY, Rule
@@ -36,6 +38,7 @@ __all__ = [
     "data",
     "decoding",
     "gpu_memory",
+    "int4",
     "layout",
     "limits",
     "model",
@@ -46,5 +49,6 @@ __all__ = [
     "server",
     "speculation",
     "start",
+    "starting_weights",
     "versions",
 ]

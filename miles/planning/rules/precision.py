@@ -219,26 +219,6 @@ def checkpoint_format_differs(subject: Subject) -> Iterator[Found]:
 
 
 @rule(
-    "PRC4",
-    Severity.ERROR,
-    title="the checkpoint's weights are quantised",
-    cause="the native trainer starts from plain weights; quantised ones have lost what training changes",
-    fix="point --hf-checkpoint to the bf16 checkpoint it was made from; where that is lost: "
-    "miles convert DIR DIR-bf16 --to bf16",
-)
-def checkpoint_quantised(subject: Subject) -> Iterator[Found]:
-    checkpoint = subject.facts.checkpoint
-    if checkpoint.quantisation is not None and subject.config.training.backend == "native":
-        name = checkpoint.name.rstrip("/")
-        yield Found(
-            f"{checkpoint.name} is {checkpoint.quantisation}",
-            "model.hf_checkpoint",
-            "point --hf-checkpoint to the bf16 checkpoint it was made from; where that is lost: "
-            f"miles convert {name} {name}-bf16 --to bf16",
-        )
-
-
-@rule(
     "PRC5",
     Severity.ERROR,
     title="FP8 blocks of another size",
@@ -288,22 +268,25 @@ def fp8_params_on_host(subject: Subject) -> Iterator[Found]:
 @rule(
     "PRC8",
     Severity.ERROR,
-    title="the engine cuts FP8 blocks",
-    cause="the kernels need whole 128-column blocks of every expert and MLP on each GPU of an engine",
+    title="the engine cuts weights that share a scale",
+    cause="the kernels need whole 128-column blocks of every expert and MLP on each GPU of an engine, and "
+    "whole INT4 groups of every expert",
     fix="spread experts instead of cutting them: --sglang-expert-parallel-size, or use smaller engines",
 )
 def engine_cuts_blocks(subject: Subject) -> Iterator[Found]:
     spec, engine = subject.spec, subject.config.cluster.rollout_num_gpus_per_engine
-    if spec is None or not subject.on_gpus or engine_format(subject) != "fp8":
+    widths = {"fp8": FP8_BLOCK, "int4": subject.config.precision.int4_group_size}
+    block = widths.get(engine_format(subject))
+    if spec is None or not subject.on_gpus or block is None:
         return
     experts = engine_expert_parallel(subject)
     ranks = max(engine // experts, 1) if spec.is_moe else engine
     mlp = spec.layers[-1].mlp
-    if mlp.intermediate_size % (ranks * FP8_BLOCK):
+    if mlp.intermediate_size % (ranks * block):
         fix = f"add --sglang-expert-parallel-size {engine}" if spec.is_moe else ""
         yield Found(
             f"a width of {mlp.intermediate_size} over {ranks} GPUs is {mlp.intermediate_size / ranks:g} "
-            f"columns, not a multiple of {FP8_BLOCK}",
+            f"columns, not a multiple of {block}",
             "cluster.rollout_num_gpus_per_engine",
             fix,
         )

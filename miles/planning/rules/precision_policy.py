@@ -147,6 +147,21 @@ def exceptions_of_stacks(subject: Subject) -> Iterator[Found]:
         yield Found(", ".join(lost), "precision.extra_high_precision_layers_hf")
 
 
+@rule(
+    "PRC17",
+    Severity.ERROR,
+    title="exceptions by name that the trainer does not keep",
+    cause="the FP8 layers are Transformer Engine's, which keeps whole layers at both ends in bf16 and "
+    "nothing else; the engine would hold in bf16 what the trainer rounds",
+    fix="keep whole layers: --num-layers-at-start-in-bf16, --num-layers-at-end-in-bf16",
+)
+def exceptions_by_name_in_megatron(subject: Subject) -> Iterator[Found]:
+    config = subject.config
+    kept = config.precision.extra_high_precision_layers_hf
+    if config.training.backend == "megatron" and config.precision.fp8_format and kept:
+        yield Found(", ".join(kept), "precision.extra_high_precision_layers_hf")
+
+
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _JOINED = re.compile(r"\.(?:[qkv]_proj|gate_proj|up_proj|w1|w3)\.weight$")
 

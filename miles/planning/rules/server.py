@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from miles.planning.findings import Found, Severity
+from miles.planning.formats import QUANTISED
 from miles.planning.rules.rule import rule
 from miles.planning.server_args import OWNED
 from miles.planning.speculation import OWN_DRAFT
@@ -47,14 +48,19 @@ def owned_argument(subject: Subject) -> Iterator[Found]:
 @rule(
     "SRV5",
     Severity.ERROR,
-    title="a checkpoint on disk is whole",
-    cause="a server reads every tensor of a checkpoint, so leaving some out saves nothing",
-    fix="--update-weight-transfer-mode tensor, or leave --update-weight-delta out",
+    title="weights that do not travel as a checkpoint on disk",
+    cause="a server reads every tensor of a checkpoint, so leaving some out saves nothing; and the "
+    "checkpoints of a run hold plain weights",
+    fix="--update-weight-transfer-mode tensor",
 )
-def delta_on_disk(subject: Subject) -> Iterator[Found]:
+def not_on_disk(subject: Subject) -> Iterator[Found]:
     sync = subject.config.weight_sync
-    if sync.update_weight_delta and sync.update_weight_transfer_mode == "disk":
+    if subject.config.rollout.backend != "sglang" or sync.update_weight_transfer_mode != "disk":
+        return
+    if sync.update_weight_delta:
         yield Found("update_weight_delta with disk", "weight_sync.update_weight_delta")
+    if subject.rollout_format in QUANTISED:
+        yield Found(f"{subject.rollout_format} weights on disk", "weight_sync.update_weight_transfer_mode")
 
 
 @rule(

@@ -2,6 +2,10 @@
 
 Written against SGLang 0.5.7 to 0.5.23. What changed in between is handled here and nowhere else: an update of
 weights is wrapped in a session from 0.5.22 on, and pausing had no mode before 0.5.6.
+
+A server repacks INT4 weights for its kernel (Marlin) once they are loaded; new ones only fit what they were
+published in. Sessions put that back and repack at their end. Older servers that were patched for training do
+both by `/post_process_weights`; those as released load them once, and are refused.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ CONTROL_S = 120.0
 UPDATE_S = 1800.0
 """Seconds for one bucket of weights, or for a checkpoint on disk."""
 MISSING = 404
+RESTORE = {"restore_weights_before_load": True, "post_process_quantization": False}
+REPACK = {"restore_weights_before_load": False, "post_process_quantization": True}
+"""What servers that were patched for training before 0.5.22 are told around an update."""
 
 
 class UpdateFailed(RunError):
@@ -44,11 +51,14 @@ class Broadcaster(Protocol):
 
 
 class Control:
-    """Control endpoints over one client. Every method may raise ConnectionLost."""
+    """Control endpoints over one client. Every method may raise ConnectionLost.
 
-    def __init__(self, http: HttpClient, tensor_parallel_size: int = 1) -> None:
+    repacks: whether the server holds weights in another form than they are published in.
+    """
+
+    def __init__(self, http: HttpClient, tensor_parallel_size: int = 1, repacks: bool = False) -> None:
         self._http = http
-        self._tensor_parallel_size = tensor_parallel_size
+        self._tensor_parallel_size, self._repacks = tensor_parallel_size, repacks
 
     async def pause(self, mode: PauseMode) -> None:
         """Stop decoding: running requests end ("abort"), go back to the queue, or stay as they are."""
@@ -91,20 +101,28 @@ class Control:
         Raises: UpdateFailed.
         """
         sent = 0
-        in_session = await self._begin_session()
+        in_session = await self.open_update()
         for bucket, last in buckets(weights, max_bucket_bytes):
             body = self._bucket_body(encode(bucket), flush and last)
             if last:
                 body["weight_version"] = str(version)
             await self._update("/update_weights_from_tensor", body, version)
             sent += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
-        if in_session:
-            await self._update("/end_weight_update", {}, version)
+        await self.close_update(version, in_session)
         return sent
 
     async def open_update(self) -> bool:
-        """Begin an update by handles; whether this server has sessions, for `close_update`."""
-        return await self._begin_session()
+        """Begin an update; whether this server has sessions (0.5.22 and newer), for `close_update`.
+
+        Raises: UpdateFailed when the server repacks its weights and cannot put that back.
+        """
+        response = await self._http.post("/begin_weight_update", {"selector": "all"}, CONTROL_S)
+        if response.status != MISSING:
+            self._accepted("/begin_weight_update", response)
+            return True
+        if self._repacks:
+            await self._restore()
+        return False
 
     async def give_handles(self, payloads: Sequence[str], version: int, last: bool) -> None:
         """One bucket of an update, a payload for each GPU of the server, in the order of its ranks.
@@ -126,6 +144,8 @@ class Control:
         """End an update that `open_update` began. Raises: UpdateFailed."""
         if in_session:
             await self._update("/end_weight_update", {}, version)
+        elif self._repacks:
+            await self._update("/post_process_weights", REPACK, version)
 
     async def join_group(self, host: str, port: int, size: int, name: str, backend: str) -> None:
         """Join a process group whose rank 0 waits at this address; returns when all have come."""
@@ -153,7 +173,7 @@ class Control:
     ) -> int:
         """As `update_from_tensors`; names go over HTTP and weights through a group that the server joined."""
         sent = 0
-        in_session = await self._begin_session()
+        in_session = await self.open_update()
         for bucket, last in buckets(weights, max_bucket_bytes):
             body: dict[str, Any] = {
                 "names": [name for name, _ in bucket],
@@ -169,8 +189,7 @@ class Control:
             tensors = [tensor for _, tensor in bucket]
             await both(told, asyncio.to_thread(group.send, tensors), f"weight version {version} broke off")
             sent += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        if in_session:
-            await self._update("/end_weight_update", {}, version)
+        await self.close_update(version, in_session)
         return sent
 
     async def update_from_disk(self, checkpoint: Path, version: int, flush: bool) -> int:
@@ -207,13 +226,17 @@ class Control:
         response = await self._http.get("/metrics", CONTROL_S)
         return dict(_gauges(response.body.decode())) if response.ok else {}
 
-    async def _begin_session(self) -> bool:
-        """Open an update session where the server has them (0.5.22 and newer)."""
-        response = await self._http.post("/begin_weight_update", {"selector": "all"}, CONTROL_S)
+    async def _restore(self) -> None:
+        """Have the server make room for weights as they are published."""
+        response = await self._http.post("/post_process_weights", RESTORE, CONTROL_S)
         if response.status == MISSING:
-            return False
-        self._accepted("/begin_weight_update", response)
-        return True
+            raise UpdateFailed(
+                "this server cannot be given packed weights again",
+                where=self._http.url,
+                why="it repacked those it loaded for its kernel, and has no call that puts that back",
+                fix="serve with SGLang 0.5.22 or newer: --server-python PATH/bin/python",
+            )
+        self._accepted("/post_process_weights", response)
 
     def _bucket_body(self, payload: str, flush: bool) -> dict[str, Any]:
         return {

@@ -39,6 +39,7 @@ class SglangSettings:
         bucket_bytes: most bytes of weights in one request.
         pause_mode: what becomes of running requests when weights change: they end ("abort"), go on with a
             cache computed anew ("retract"), or with the one they have ("in_place").
+        repacks: the server holds weights in another form than they are published in (`Control`).
     """
 
     max_context_len: int
@@ -46,6 +47,7 @@ class SglangSettings:
     tensor_parallel_size: int = 1
     bucket_bytes: int = BUCKET_BYTES
     pause_mode: PauseMode = "retract"
+    repacks: bool = False
 
 
 @dataclass(eq=False)
@@ -74,7 +76,7 @@ class SglangEngine:
 
     def __init__(self, http: HttpClient, spec: ArchSpec, settings: SglangSettings) -> None:
         self.http, self.settings = http, settings
-        self.control = Control(http, settings.tensor_parallel_size)
+        self.control = Control(http, settings.tensor_parallel_size, settings.repacks)
         self._vocab_size, self._tied = spec.vocab_size, spec.tie_word_embeddings
         self._routes = RouteShape.of(spec) if settings.return_routed_experts else None
         self._numbers = itertools.count()

@@ -18,6 +18,7 @@ from torch import Tensor
 from miles.arch import ArchSpec, load_spec, to_hf_config, with_mtp_depth
 from miles.arch.checkpoint import read_json
 from miles.arch.hf_config import HF_DTYPE_NAMES
+from miles.arch.quantization_config import KEYS
 from miles.errors import CheckpointError
 from miles.training.megatron import cpu
 from miles.training.megatron.groups import open_groups
@@ -52,6 +53,8 @@ def write_description(directory: Path, spec: ArchSpec, dtype: torch.dtype, sourc
     config = to_hf_config(spec)
     if source_dir is not None:
         config |= read_json(source_dir / "config.json")
+        # The weights are plain, whatever those of the source are.
+        config = {key: value for key, value in config.items() if key not in KEYS}
         copy_companions(source_dir, directory)
     config = with_mtp_depth(config, spec.mtp_num_layers) | {"torch_dtype": HF_DTYPE_NAMES[stored]}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

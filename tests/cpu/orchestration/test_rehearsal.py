@@ -74,15 +74,29 @@ def test_without_sglang_the_native_engine_stands_in_and_how_to_get_it_is_said() 
     assert "make sglang-cpu" in changes["rollout.backend"].why
 
 
-def test_a_server_that_is_there_is_used(tmp_path: Path) -> None:
-    root = tmp_path / "servers"
+def a_server(root: Path) -> str:
+    """The flag that names an environment of SGLang's, as far as preflight looks at it."""
     (root / "bin").mkdir(parents=True)
     (root / "bin" / "python").touch()
     (root / "lib/python3.11/site-packages/sglang-0.5.20.dist-info").mkdir(parents=True)
-    _, changes, plan = planned("qwen3-4b", f"--server-python {root / 'bin' / 'python'}")
+    return f"--server-python {root / 'bin' / 'python'}"
+
+
+def test_a_server_that_is_there_is_used(tmp_path: Path) -> None:
+    _, changes, plan = planned("qwen3-4b", a_server(tmp_path / "servers"))
     assert plan.engine == "sglang" and "rollout.backend" not in changes
     assert plan.server_args is not None and "mem_fraction_static" not in plan.server_args
     assert "sglang.mem_fraction_static" in changes
+
+
+def test_int4_is_rehearsed_on_both_sides_or_on_none(tmp_path: Path) -> None:
+    name = "deepseek-v3-int4-single-node"
+    changed, _, plan = planned(name)
+    assert changed.config.precision.int4_qat and plan.rollout_format == "int4"
+    assert (plan.trainer, plan.engine) == ("megatron", "native")
+    changed, changes, plan = planned(name, a_server(tmp_path / "servers"))
+    assert not changed.config.precision.int4_qat and plan.rollout_format == "bf16"
+    assert "not with the sglang engine on a CPU" in changes["precision.int4_qat"].why
 
 
 def test_a_run_without_gpus_has_nothing_to_rehearse() -> None:

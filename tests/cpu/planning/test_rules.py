@@ -511,6 +511,24 @@ CASES: dict[str, tuple[Case, Case]] = {
             on("16xH100", then=quantised(name="x", method="int4", group_size=128)),
         ),
     ),
+    "I43": (
+        # Experts of 768 columns: 192 over ETP 4, one and a half groups of 128.
+        scaled(
+            f"{INT4} --expert-tensor-parallel-size 4 --expert-model-parallel-size 2 --int4-group-size 128"
+        ),
+        scaled(
+            f"{INT4} --expert-tensor-parallel-size 2 --expert-model-parallel-size 4 --int4-group-size 128"
+        ),
+    ),
+    "I44": (scaled(INT4, on("16xH100", "qwen3-14b")), scaled(INT4)),
+    "I45": (
+        scaled(f"{INT4} --sglang-moe-runner-backend triton"),
+        scaled(f"{INT4} --sglang-moe-runner-backend marlin"),
+    ),
+    "I46": (
+        scaled(f"{ONE_NODE} {INT4}", both(node(), served("0.5.20"))),
+        scaled(f"{ONE_NODE} {INT4}", both(node(), served("0.5.22"))),
+    ),
     "NV1": (
         scaled(NVFP4, on("16xB200")),
         scaled(f"{NVFP4} --sglang-expert-parallel-size 8", on("16xB200")),
@@ -527,7 +545,10 @@ CASES: dict[str, tuple[Case, Case]] = {
         scaled(FP8, on("16xH100", then=quantised(name="x", method="int4", group_size=32))),
         scaled(FP8, on("16xH100", then=quantised())),
     ),
-    "PRC4": (Case(facts=quantised()), Case()),
+    "PRC4": (
+        scaled(FP8, on("16xH100", then=quantised())),
+        scaled(f"{FP8} --load /models/plain", on("16xH100", then=quantised())),
+    ),
     "PRC5": (
         scaled(FP8, on("16xH100", then=quantised(block_size=(64, 64)))),
         scaled(FP8, on("16xH100", then=quantised(block_size=(128, 128)))),
@@ -556,6 +577,11 @@ CASES: dict[str, tuple[Case, Case]] = {
     "PRC11": (
         scaled(FP8, on("16xH100", then=quantised(scales="pow2"))),
         scaled(f"{FP8} --fp8-block-scale pow2", on("16xH100", then=quantised(scales="pow2"))),
+    ),
+    "PRC16": (scaled(INT4), scaled(FP8, on("16xH100", then=quantised()))),
+    "PRC17": (
+        scaled(f"{FP8} --extra-high-precision-layers-hf experts."),
+        scaled(f"{INT4} --extra-high-precision-layers-hf layers.0.mlp.experts."),
     ),
     "PRC12": (
         # Rows of 64 in the built-in model's hidden size are two groups of 32; of 48 they are not whole.
@@ -681,7 +707,7 @@ CASES: dict[str, tuple[Case, Case]] = {
         Case("--rollout-backend sglang --sglang-attention-backend triton", facts=served("0.5.20")),
     ),
     "SRV5": (
-        Case("--rollout-backend sglang --update-weight-delta --update-weight-transfer-mode disk"),
+        scaled(f"{FP8} --update-weight-transfer-mode disk"),
         Case("--rollout-backend sglang --update-weight-delta --update-weight-transfer-mode tensor"),
     ),
     "SRV4": (
@@ -789,6 +815,35 @@ def test_more_mtp_layers_than_the_checkpoint_has_are_refused(resolved: Make, fac
     (found,) = [f for f in preflight(resolved("--mtp-num-layers 2"), one) if f.rule == "MTP1"]
     assert "MTP weights of 1 layers" in found.what
     assert "MTP1" not in {finding.rule for finding in preflight(resolved("--mtp-num-layers 1"), one)}
+
+
+def test_both_sides_of_a_quantised_engine_start_where_they_can(resolved: Make, facts: Facts) -> None:
+    """Servers from the quantised checkpoint, the trainer and its reference from plain ones."""
+
+    def found(flags: str, then: Change) -> dict[str, str]:
+        run = resolved(f"{SCALED} {flags}", "--lr")
+        return {f.rule: f"{f.what}: {f.fix}" for f in preflight(run, on("16xH100", then=then)(facts))}
+
+    plain, int4 = lambda f: f, quantised(name="compressed-tensors", method="int4", group_size=32)
+    assert (
+        "rollout_format fp8, /models/small holds plain weights: miles convert" in found(FP8, plain)["PRC16"]
+    )
+    assert "PRC16" not in found(f"{FP8} --rollout-external-engine-addrs http://a:1", plain)
+    assert "point --load to the bf16" in found(INT4, int4)["PRC4"]
+    assert "point --hf-checkpoint to the bf16" in found("--rollout-format bf16", int4)["PRC4"]
+    ready = found(f"{INT4} --load /models/plain", int4)
+    assert not {"PRC3", "PRC4", "PRC16", "I42", "CAP1", "CAP2", "CAP5"} & ready.keys()
+    with_reference = f"{INT4} --load /models/plain --use-kl-loss --kl-loss-coef 0.1"
+    assert "point --ref-load to the bf16" in found(with_reference, int4)["PRC4"]
+    assert "PRC4" not in found(f"{with_reference} --ref-load /models/plain", int4)
+    loaded = lambda f: replace(int4(f), load_quantisation=int4(f).checkpoint.quantisation)  # noqa: E731
+    assert "/models/plain is int4" in found(f"{INT4} --load /models/plain", loaded)["PRC4"]
+
+
+def test_int4_experts_are_sent_whole(resolved: Make, facts: Facts) -> None:
+    run = resolved(f"{SCALED} {INT4} --update-weight-delta", "--lr")
+    found = [f for f in preflight(run, on("16xH100")(facts)) if f.rule == "I45"]
+    assert [f.setting for f in found] == ["weight_sync.update_weight_delta"]
 
 
 def test_large_models_get_a_stricter_learning_rate(resolved: Make, facts: Facts, spec: ArchSpec) -> None:

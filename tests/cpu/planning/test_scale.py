@@ -173,8 +173,6 @@ OWN_HARDWARE = {
 SAID_BESIDES = {
     # R3 with a draft is worth watching.
     "glm-4.5-spec": {"ALN5"},
-    # Neither QAT in Megatron nor SGLang's packed INT4 weights are carried yet.
-    "deepseek-v3-int4-single-node": {"CAP1", "CAP2", "CAP5"},
 }
 
 

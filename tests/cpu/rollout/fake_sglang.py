@@ -21,10 +21,13 @@ Answer = tuple[int, Any]
 
 
 class FakeSglang:
-    """`sessions`: weights are refused outside begin/end, as from 0.5.22 on."""
+    """`sessions`: weights are refused outside begin/end, as from 0.5.22 on. `hooks`: an older server that was
+    patched for training, whose weights are repacked by a call of its own."""
 
-    def __init__(self, *, sessions: bool = False, layers: int = 2, top_k: int = 2) -> None:
-        self.sessions, self.layers, self.top_k = sessions, layers, top_k
+    def __init__(
+        self, *, sessions: bool = False, hooks: bool = False, layers: int = 2, top_k: int = 2
+    ) -> None:
+        self.sessions, self.hooks, self.layers, self.top_k = sessions, hooks, layers, top_k
         self.calls: list[tuple[str, Any]] = []
         self.received: dict[str, torch.Tensor] = {}
         self.buckets: list[list[str]] = []
@@ -76,7 +79,10 @@ class FakeSglang:
         if path in self.overrides:
             return self.overrides[path]
         handler = getattr(self, "_on" + path.replace("/", "_"), None)
-        if handler is None or (path.endswith("_weight_update") and not self.sessions):
+        missing = (path.endswith("_weight_update") and not self.sessions) or (
+            path == "/post_process_weights" and not self.hooks
+        )
+        if handler is None or missing:
             return 404, {"detail": "Not Found"}
         return await handler(body)
 
@@ -113,6 +119,9 @@ class FakeSglang:
     async def _on_end_weight_update(self, _: Any) -> Answer:
         self.in_session = False
         return 200, {"success": True}
+
+    async def _on_post_process_weights(self, _: Any) -> Answer:
+        return 200, {"success": True, "message": "Success"}
 
     async def _on_update_weights_from_tensor(self, body: Any) -> Answer:
         if self.sessions and not self.in_session:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from miles.arch import ArchSpec
+from miles.arch.precision import NumberFormat, precision_policy
 from miles.arch.spec import DenseMlpSpec
 from miles.errors import ConfigError, RunError, Unavailable
 from miles.http_client import ConnectionLost, HttpClient
@@ -27,6 +28,7 @@ from miles.rollout.sglang.engine import SglangEngine, SglangSettings
 from miles.rollout.sglang.probe import probe
 from miles.rollout.sglang.server import free_ports
 from miles.rollout.sglang.weight_payload import buckets, encode
+from miles.weights.low_precision import as_stored
 from tests.cpu.rollout.fake_sglang import FakeSglang
 
 WEIGHTS = [("model.embed_tokens.weight", torch.ones(4, 2)), ("model.norm.weight", torch.zeros(2))]
@@ -51,9 +53,10 @@ def with_server(
     scenario: Callable[[FakeSglang, SglangEngine], Awaitable[None]],
     sessions: bool = False,
     settings: SglangSettings = SglangSettings(max_context_len=16),  # noqa: B008
+    hooks: bool = False,
 ) -> None:
     async def run() -> None:
-        async with FakeSglang(sessions=sessions).running() as server:
+        async with FakeSglang(sessions=sessions, hooks=hooks).running() as server:
             await scenario(server, SglangEngine(HttpClient(server.url), spec, settings))
 
     settle(run())
@@ -128,6 +131,64 @@ def test_both_contracts_of_a_weight_update_are_spoken(spec: ArchSpec, sessions: 
         assert ("/end_weight_update" in server.paths) is sessions
 
     with_server(spec, scenario, sessions)
+
+
+def packed(spec: ArchSpec) -> list[tuple[str, torch.Tensor]]:
+    """One expert's matrix as it travels in INT4, beside a plain tensor."""
+    policy = precision_policy(spec, "bf16", NumberFormat("int4"))
+    name = "model.layers.1.mlp.experts.0.down_proj.weight"
+    weights = [(name, torch.randn(320, 96)), ("model.norm.weight", torch.zeros(2))]
+    return list(as_stored(weights, policy))
+
+
+@pytest.mark.parametrize("way", ["tensor", "broadcast", "handles"])
+@pytest.mark.parametrize("sessions", [False, True], ids=["patched before 0.5.22", "from 0.5.22"])
+def test_packed_weights_are_put_back_before_and_repacked_after(
+    spec: ArchSpec, sessions: bool, way: str
+) -> None:
+    settings = SglangSettings(max_context_len=16, bucket_bytes=6000, repacks=True)
+    part = "model.layers.1.mlp.experts.0.down_proj.weight"
+
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        if way == "handles":
+            in_session = await engine.begin_handles(2)
+            await engine.take_handles([encode(packed(spec))], 2, last=True)
+            await engine.end_handles(2, in_session)
+        elif way == "broadcast":
+            await engine.receive_broadcast(packed(spec), 2, Wire())
+        else:
+            await engine.receive_weights(packed(spec), 2)
+            received = {name: tensor for name, tensor in server.received.items() if name.startswith(part)}
+            assert {name.removeprefix(part): tensor.dtype for name, tensor in received.items()} == {
+                "_packed": torch.int32,
+                "_scale": torch.bfloat16,
+                "_shape": torch.int64,
+            }
+        steps = [path for path in server.paths if "weight" in path and path != "/model_info"]
+        first, *updates, last = steps[1:] if not sessions else steps
+        assert set(updates) <= {"/update_weights_from_tensor", "/update_weights_from_distributed"} and updates
+        if sessions:
+            assert (first, last) == ("/begin_weight_update", "/end_weight_update")
+            assert "/post_process_weights" not in server.paths
+            return
+        assert first == last == "/post_process_weights"
+        assert [body for path, body in server.calls if path == first] == [
+            {"restore_weights_before_load": True, "post_process_quantization": False},
+            {"restore_weights_before_load": False, "post_process_quantization": True},
+        ]
+
+    with_server(spec, scenario, sessions, settings, hooks=not sessions)
+
+
+def test_a_server_that_cannot_undo_its_packing_is_given_nothing(spec: ArchSpec) -> None:
+    settings = SglangSettings(max_context_len=16, repacks=True)
+
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        with pytest.raises(UpdateFailed, match="cannot be given packed weights again"):
+            await engine.receive_weights(packed(spec), version=1)
+        assert "/update_weights_from_tensor" not in server.paths
+
+    with_server(spec, scenario, settings=settings)
 
 
 @pytest.mark.parametrize(

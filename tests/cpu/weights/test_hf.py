@@ -49,6 +49,7 @@ def test_config_tokenizer_and_generation_settings_go_along(tmp_path: Path, make_
     config = json.loads((source / "config.json").read_text()) | {
         "transformers_version": "4.51.0",
         "dtype": "float32",
+        "quantization_config": {"quant_method": "compressed-tensors"},
     }
     (source / "config.json").write_text(json.dumps(config))
     (source / "tokenizer.json").write_text("{}")
@@ -57,6 +58,7 @@ def test_config_tokenizer_and_generation_settings_go_along(tmp_path: Path, make_
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["transformers_version"] == "4.51.0"
     assert (written["torch_dtype"], "dtype" in written) == ("bfloat16", False)
+    assert "quantization_config" not in written, "what is written is plain"
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
     assert load_spec(tmp_path / "out").eos_token_ids == (2, 7)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from miles.arch import load_spec, spec_from_hf_config
 from miles.models.decoder import Decoder
+from miles.training.megatron.torch_dist import write_description
 from miles.weights.hf import read_hf, write_hf
 from miles.weights.native_map import to_published
 
@@ -57,6 +59,14 @@ def test_there_and_back(tmp_path: Path) -> None:
     for name, tensor in given.items():
         assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
     assert load_spec(tmp_path / "back") == load_spec(source)
+
+
+def test_a_description_is_of_plain_weights(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "hf", architectures=["Qwen3ForCausalLM"])
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    write_description(tmp_path, load_spec(source), torch.bfloat16, source)
+    assert json.loads((tmp_path / "config.json").read_text()) == config
 
 
 def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
