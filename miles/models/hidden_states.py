@@ -82,6 +82,12 @@ def first_difference(one: Stages, other: Stages) -> Difference | None:
     return None
 
 
+def stage_names(num_layers: int) -> list[str]:
+    """All stages in the order in which they are computed."""
+    layers = (f"layer {i}{block}" for i in range(num_layers) for block in (" attention", " mlp", ""))
+    return ["embedding", *layers, "final norm"]
+
+
 def _in_order(stages: Stages) -> list[str]:
     layers = sorted((s for s in stages if s.startswith("layer")), key=_place)
     return ["embedding", *layers, "final norm"]

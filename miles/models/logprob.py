@@ -16,6 +16,7 @@ from torch import Tensor
 from miles.models.softcap import softcapped
 
 Linear = Callable[[Tensor, Tensor], Tensor]
+LogSoftmax = Callable[[Tensor, float], Tensor]
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits per chunk unless the caller says otherwise: 64 MiB in fp32."""
@@ -41,6 +42,7 @@ def token_log_probs(
     with_entropy: bool = False,
     linear: Linear = F.linear,
     softcap: float | None = None,
+    log_softmax: LogSoftmax = scaled_log_softmax,
 ) -> tuple[Tensor, Tensor | None]:
     """log p(targets) under softmax(softcap(hidden @ head_weightᵀ) / temperature), with gradients.
 
@@ -50,13 +52,14 @@ def token_log_probs(
         with_entropy: also return the entropy in nats, differentiable.
         linear: how the logits are computed (`Numerics.linear`).
         softcap: see `ArchSpec.logit_softcap`.
+        log_softmax: of logits at the temperature (`Numerics.log_softmax`).
 
     Returns:
         fp32 [T], and the entropy fp32 [T] or None.
     """
     chunk = chunk_tokens or max(1, CHUNK_ELEMENTS // head_weight.shape[0])
     log_probs, entropy = _TokenLogProbs.apply(
-        hidden, head_weight, targets, temperature, chunk, with_entropy, linear, softcap
+        hidden, head_weight, targets, temperature, chunk, with_entropy, linear, softcap, log_softmax
     )
     return log_probs, entropy if with_entropy else None
 
@@ -86,11 +89,12 @@ class _TokenLogProbs(torch.autograd.Function):
         with_entropy: bool,
         linear: Linear,
         softcap: float | None,
+        log_softmax: LogSoftmax,
     ) -> tuple[Tensor, Tensor]:
         log_probs, entropies, log_p_CV = [], [], None
         for hidden_CD, targets_C in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits_CV = softcapped(linear(hidden_CD, head_weight), softcap)
-            log_p_CV = scaled_log_softmax(logits_CV, temperature)
+            log_p_CV = log_softmax(logits_CV, temperature)
             log_probs.append(log_p_CV.gather(1, targets_C.unsqueeze(1)).squeeze(1))
             if with_entropy:
                 entropies.append(_entropy(log_p_CV))
@@ -99,6 +103,7 @@ class _TokenLogProbs(torch.autograd.Function):
         entropy = torch.cat(entropies) if with_entropy else hidden.new_empty(0, dtype=torch.float32)
         ctx.save_for_backward(hidden, head_weight, targets, entropy, kept)
         ctx.temperature, ctx.chunk, ctx.linear, ctx.softcap = temperature, chunk, linear, softcap
+        ctx.log_softmax = log_softmax
         ctx.set_materialize_grads(False)
         return torch.cat(log_probs), entropy
 
@@ -112,7 +117,7 @@ class _TokenLogProbs(torch.autograd.Function):
             log_p_CV, logits_CV = kept, None
             if log_p_CV is None:
                 logits_CV = softcapped(ctx.linear(hidden[rows], head_weight), ctx.softcap)
-                log_p_CV = scaled_log_softmax(logits_CV, ctx.temperature)
+                log_p_CV = ctx.log_softmax(logits_CV, ctx.temperature)
             grad_logits = _grad_logits(
                 log_p_CV, targets[rows], _rows(grad, rows), _rows(entropy, rows), _rows(grad_entropy, rows)
             )
@@ -124,7 +129,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_logits = grad_logits.to(hidden.dtype)
             torch.mm(grad_logits, head_weight, out=grad_hidden[rows])
             grad_head += torch.mm(grad_logits.t(), hidden[rows])
-        return grad_hidden, grad_head.to(head_weight.dtype), None, None, None, None, None, None
+        return grad_hidden, grad_head.to(head_weight.dtype), *(None,) * 7
 
 
 def _rows(x: Tensor | None, rows: slice) -> Tensor | None:

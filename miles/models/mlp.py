@@ -69,7 +69,9 @@ class MoeMlp(Projections):
     def forward(self, x: Tensor, router: Router) -> Tensor:
         """x [T, D] -> [T, D]."""
         scores = self.numerics.router_scores(x, self.router, self.spec.scoring)
-        ids, weights = router.select(self.moe_layer, scores, self.spec, self.correction_bias)
+        ids, weights = router.select(
+            self.moe_layer, scores, self.spec, self.correction_bias, self.numerics.gating
+        )
         gate_up, down = self.matrix("gate_up"), self.matrix("down")
         kernels = self.numerics.expert_kernels(gate_up, down)
         if "down" in self.operands:

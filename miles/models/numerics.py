@@ -34,7 +34,9 @@ from miles.models.exact_attention import (
 )
 from miles.models.exact_prefix import ExactPrefixAttention
 from miles.models.kv_cache import KVCache
+from miles.models.logprob import scaled_log_softmax
 from miles.models.prefix_attention import PrefixAttention
+from miles.models.routing import GATING, Gating
 from miles.models.row_blocks import RowBlocks, blocked_linear
 from miles.models.row_search import Matrices
 from miles.models.tree_attention import ExactChainAttention, ExactTreeAttention, TreeAttention, TreeNodes
@@ -44,6 +46,9 @@ class Numerics(Protocol):
     """The operations that differ between the modes. T tokens, D hidden, E experts."""
 
     name: str
+    gating: Gating
+    shares_long_prompts: bool
+    """Whether `prefix_attention` takes any length: scores are not materialised, and gradients exist."""
 
     def chosen(self) -> dict[str, str]:
         """What was found on this machine, in words; nothing where nothing had to be found."""
@@ -71,6 +76,10 @@ class Numerics(Protocol):
 
     def router_scores(self, x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
         """Softmax over experts, or sigmoid, of x [T, D] @ router [E, D]ᵀ: fp32 [T, E]."""
+        ...
+
+    def log_softmax(self, logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        """See `logprob.scaled_log_softmax`."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, plus_one: bool = False) -> Tensor:
@@ -119,6 +128,8 @@ class FastNumerics:
     """The quickest kernels; the last bits of a result depend on what else is computed with it."""
 
     name = "fast"
+    gating = GATING
+    shares_long_prompts = True
 
     def chosen(self) -> dict[str, str]:
         return {}
@@ -156,6 +167,9 @@ class FastNumerics:
             return torch.sigmoid(F.linear(x.float(), router.float()))
         # Experts first, tokens last: softmax over a short last dimension is ten times slower on CPU.
         return torch.softmax(torch.mm(router, x.t()).float(), 0).t()
+
+    def log_softmax(self, logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        return scaled_log_softmax(logits, temperature)
 
     def packed_attention(
         self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None
@@ -197,6 +211,8 @@ class ExactNumerics:
     min_queries: int
     threads: int
     name = "exact"
+    gating = GATING
+    shares_long_prompts = False
 
     def chosen(self) -> dict[str, str]:
         """Of `rows`, `experts` and `attention`. An operation that the probe has not met is not told."""
@@ -247,6 +263,9 @@ class ExactNumerics:
         if scoring == "sigmoid":
             return torch.neg(logits).exp().add(1).reciprocal()
         return torch.softmax(logits, -1)
+
+    def log_softmax(self, logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+        return scaled_log_softmax(logits, temperature)
 
     def packed_attention(
         self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None

@@ -7,7 +7,8 @@ token, Lm MoE layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,7 +63,12 @@ class Router:
         return cls(replayed=routes, compared_with=compared, load_balancing=load_balancing)
 
     def select(
-        self, moe_layer: int, scores: Tensor, spec: MoeSpec, bias: Tensor | None = None
+        self,
+        moe_layer: int,
+        scores: Tensor,
+        spec: MoeSpec,
+        bias: Tensor | None = None,
+        gating: Gating | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Experts and their weights for all tokens of one layer.
 
@@ -70,19 +76,21 @@ class Router:
             moe_layer: position among the MoE layers, 0 .. Lm - 1.
             scores: of the router, fp32 [T, E].
             bias: fp32 [E], added to the scores for the choice alone.
+            gating: what is computed; by default `GATING`.
 
         Returns:
             ids int64 [T, k] and weights fp32 [T, k], with the gradient of `scores`.
         """
+        gating = gating or GATING
         ids = self.dispatched.get(moe_layer)
         if ids is None:
-            ids = self._choose(moe_layer, scores.detach(), spec, bias)
+            ids = self._choose(moe_layer, scores.detach(), spec, bias, gating)
             if self._keep_ids:
                 self.dispatched[moe_layer] = ids
         if self._load_balancing:
             # Computed in recompute as well, which must repeat every operation of the first pass.
             self._balance_terms.setdefault(moe_layer, _balance(scores, ids, spec))
-        return ids, expert_weights(scores, ids, spec)
+        return ids, gating.weigh(scores, ids, spec)
 
     def recorded(self) -> Tensor:
         """The routes really used, int16 [T, Lm, k]."""
@@ -131,11 +139,13 @@ class Router:
         assert self._load_balancing, "ask for it with load_balancing=True"
         return torch.stack(list(self._balance_terms.values())).mean()
 
-    def _choose(self, moe_layer: int, scores: Tensor, spec: MoeSpec, bias: Tensor | None) -> Tensor:
+    def _choose(
+        self, moe_layer: int, scores: Tensor, spec: MoeSpec, bias: Tensor | None, gating: Gating
+    ) -> Tensor:
         replayed = None if self._replayed is None else self._replayed[:, moe_layer]
         if replayed is not None and not self._has_gaps and self._compared_with is None:
             return replayed
-        decided = decide(scores, spec, bias)
+        decided = gating.decide(scores, spec, bias)
         if self._compared_with is not None:
             flipped, disjoint = compare_routes(decided, self._compared_with[:, moe_layer])
             self._flipped.append(flipped)
@@ -166,6 +176,17 @@ def expert_weights(scores: Tensor, ids: Tensor, spec: MoeSpec) -> Tensor:
         # Sigmoids may all vanish; the published models keep their sum off 0 like this.
         weights = weights / (total if spec.scoring == "softmax" else total + 1e-20)
     return weights if spec.routed_scaling == 1.0 else weights * spec.routed_scaling
+
+
+@dataclass(frozen=True)
+class Gating:
+    """How experts are chosen and weighed: `decide`, `expert_weights`, or another computation of the same."""
+
+    decide: Callable[[Tensor, MoeSpec, Tensor | None], Tensor]
+    weigh: Callable[[Tensor, Tensor, MoeSpec], Tensor]
+
+
+GATING = Gating(decide, expert_weights)
 
 
 def expert_load(dispatched: Mapping[int, Tensor], num_experts: int, copies: Tensor | None = None) -> Tensor:

@@ -233,6 +233,7 @@ def _read_again(batch: TrainBatch, sequence: int, engine: NativeEngine, trainer:
         temperature,
         linear=decoder.numerics.linear,
         softcap=decoder.spec.logit_softcap,
+        log_softmax=decoder.numerics.log_softmax,
     )
     return log_probs.float().cpu().numpy()
 

@@ -6,7 +6,8 @@
 
 #include <algorithm>
 
-#include "vectors.h"
+#include "cached_attention.h"
+#include "norms.h"
 
 extern "C" {
 struct Heads {
@@ -23,26 +24,6 @@ struct Heads {
 
 namespace {
 
-// One head: out = rotated(weight * x / rms(x)) * scale; returns 1 / rms(x).
-float place(float* out, const float* x, const float* weight, const float* rotation, float eps, float scale, int64_t d) {
-    const int64_t half = d / 2;
-    float rstd = 1.0f;
-    if (weight) {
-        vec squares = {};
-        for (int64_t i = 0; i < d; i += LANES) squares += load(x + i) * load(x + i);
-        rstd = 1.0f / std::sqrt(sum(squares) / d + eps);
-    }
-    const float factor = rstd * scale;
-    for (int64_t i = 0; i < half; i++) {
-        const float a = x[i] * factor * (weight ? weight[i] : 1.0f);
-        const float b = x[i + half] * factor * (weight ? weight[i + half] : 1.0f);
-        const float cos = rotation[2 * i], sin = rotation[2 * i + 1];
-        out[i] = a * cos - b * sin;
-        out[i + half] = b * cos + a * sin;
-    }
-    return rstd;
-}
-
 // The way back: grad_x of x, and grad_weight is added to.
 void place_backward(float* grad_x, float* grad_weight, const float* grad, const float* x, const float* weight,
                     const float* rotation, float rstd, float scale, int64_t d) {
@@ -54,19 +35,18 @@ void place_backward(float* grad_x, float* grad_weight, const float* grad, const 
     }
     if (!weight) return;
     vec products = {};
-    for (int64_t i = 0; i < d; i += LANES) products += load(grad_x + i) * load(weight + i) * load(x + i);
+    for (int64_t i = 0; i < d; i += LANES) products = mul_add(load(grad_x + i) * load(weight + i), load(x + i), products);
     const float back = sum(products) * rstd * rstd / d;
     for (int64_t i = 0; i < d; i += LANES) {
         const vec g = load(grad_x + i), value = load(x + i);
-        store(grad_weight + i, load(grad_weight + i) + g * value * rstd);
-        store(grad_x + i, rstd * (g * load(weight + i) - value * back));
+        store(grad_weight + i, mul_add(rstd, g * value, load(grad_weight + i)));
+        store(grad_x + i, rstd * mul_add(-back, value, g * load(weight + i)));
     }
 }
 
-
 // out += factor * x
 void add_scaled(float* out, const float* x, float factor, int64_t d) {
-    for (int64_t i = 0; i < d; i += LANES) store(out + i, load(out + i) + factor * load(x + i));
+    for (int64_t i = 0; i < d; i += LANES) store(out + i, mul_add(factor, load(x + i), load(out + i)));
 }
 
 // What a segment's queries may see: the rows of its prompt, then its own.
@@ -109,51 +89,32 @@ extern "C" {
 // [tokens, queries]: for backward. out [tokens, queries * d].
 void miles_attention(const Heads* given, const float* x, float* turned, float* rstd, float* log_sums, float* out) {
     const Heads& h = *given;
-    const int64_t d = h.d, group = h.queries / h.keys;
+    const int64_t d = h.d, group = h.queries / h.keys, heads = h.queries + h.keys;
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-    for (int64_t t = 0; t < h.tokens; t++)
-        for (int64_t n = 0; n < h.queries + h.keys; n++) {
+    const HeadOperation place_one = head_operation(d);
+    Buffer cos(d / 2), sin(d / 2);
+    for (int64_t t = 0; t < h.tokens; t++) {
+        for (int64_t i = 0; i < d / 2; i++) cos[i] = h.rotation[t * d + 2 * i], sin[i] = h.rotation[t * d + 2 * i + 1];
+        for (int64_t n = 0; n < heads; n++) {
             const bool query = n < h.queries;
-            rstd[t * (h.queries + h.keys) + n] =
-                place(turned + t * h.turned_row() + n * d, x + t * h.row() + n * d, query ? h.q_norm : h.k_norm,
-                      h.rotation + t * d, h.eps, query ? scale : 1.0f, d);
+            rstd[t * heads + n] = place_one(turned + t * h.turned_row() + n * d, x + t * h.row() + n * d,
+                                            query ? h.q_norm : h.k_norm, cos, sin, h.eps, query ? scale : 1.0f, d);
         }
+    }
     const int64_t most = widest(h);
-    Buffer across(most * d), scores(most);
+    Buffer keys(most * d), values(most * d), scores(4 * most);
+    const Cache cache{keys, values, 1, 1, most / LANES, d, d};
     for (int64_t m = 0; m < h.segments; m++) {
         const Visible seen(h, m);
         for (int64_t kv = 0; kv < h.keys; kv++) {
-            const int64_t whole = padded(seen.count(), LANES);
-            lay_across(across, turned + (h.queries + kv) * d, h.turned_row(), seen, whole, d);
-            const float* values = x + (h.queries + h.keys + kv) * d;
-            for (int64_t s = seen.before(); s < seen.count(); s++)
-                for (int64_t n = kv * group; n < (kv + 1) * group; n++) {
-                    const int64_t t = seen.row(s), visible = s + 1, width = padded(visible, LANES);
-                    const float* query = turned + t * h.turned_row() + n * d;
-                    vec top = spread(-INFINITY);
-                    for (int64_t b = 0; b < width; b += LANES) {
-                        vec total = {};
-                        for (int64_t i = 0; i < d; i++) total += query[i] * load(across + i * whole + b);
-                        store(scores + b, total);
-                    }
-                    for (int64_t b = visible; b < width; b++) scores[b] = -INFINITY;
-                    for (int64_t b = 0; b < width; b += LANES) top = larger(top, load(scores + b));
-                    const float highest = largest(top);
-                    vec all = {};
-                    for (int64_t b = 0; b < width; b += LANES) {
-                        const vec weight = exponential(load(scores + b) - highest);
-                        store(scores + b, weight);
-                        all += weight;
-                    }
-                    const float total = sum(all);
-                    log_sums[t * h.queries + n] = highest + std::log(total);
-                    float* to = out + (t * h.queries + n) * d;
-                    for (int64_t i = 0; i < d; i += LANES) {
-                        vec weighed = {};
-                        for (int64_t b = 0; b < visible; b++) weighed += scores[b] * load(values + seen.row(b) * h.row() + i);
-                        store(to + i, weighed / total);
-                    }
-                }
+            for (int64_t s = 0; s < seen.count(); s++)
+                cache.write(0, s, turned + seen.row(s) * h.turned_row() + (h.queries + kv) * d,
+                            x + seen.row(s) * h.row() + (heads + kv) * d);
+            for (int64_t s = seen.before(); s < seen.count(); s++) {
+                const int64_t t = seen.row(s), n = kv * group;
+                attend(cache, 0, turned + t * h.turned_row() + n * d, d, group, s + 1, scores, most,
+                       out + (t * h.queries + n) * d, d, log_sums + t * h.queries + n);
+            }
         }
     }
 }
@@ -182,13 +143,13 @@ void miles_attention_backward(const Heads* given, const float* grad, const float
                     const float *query = turned + t * h.turned_row() + n * d, *above = grad + (t * h.queries + n) * d;
                     const float *result = out + (t * h.queries + n) * d, log_sum = log_sums[t * h.queries + n];
                     vec products = {};
-                    for (int64_t i = 0; i < d; i += LANES) products += load(above + i) * load(result + i);
+                    for (int64_t i = 0; i < d; i += LANES) products = mul_add(load(above + i), load(result + i), products);
                     const float along = sum(products);
                     for (int64_t b = 0; b < width; b += LANES) {
                         vec score = {}, gain = {};
                         for (int64_t i = 0; i < d; i++) {
-                            score += query[i] * load(keys_across + i * whole + b);
-                            gain += above[i] * load(values_across + i * whole + b);
+                            score = mul_add(query[i], load(keys_across + i * whole + b), score);
+                            gain = mul_add(above[i], load(values_across + i * whole + b), gain);
                         }
                         const vec weight = exponential(score - log_sum);
                         store(weights + b, weight);

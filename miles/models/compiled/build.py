@@ -14,7 +14,11 @@ from miles import environment
 from miles.errors import MilesError
 
 HERE = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC", "-shared")
+FLAGS = (
+    *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+    *("-fopenmp-simd", "-fPIC", "-shared"),
+)
+"""Products and sums are joined where the sources say so, see vectors.h."""
 CPUINFO = Path("/proc/cpuinfo")
 COMPILE_SECONDS = 120
 
@@ -36,7 +40,7 @@ class Sources:
         return sorted({*self.directory.glob("*.h"), *HERE.glob("*.h")})
 
 
-TRAINING = Sources("training", HERE, ("attention.cpp", "experts.cpp", "norm.cpp"))
+TRAINING = Sources("training", HERE, ("attention.cpp", "experts.cpp", "norm.cpp", "rows.cpp"))
 
 
 def library(compiler: str, sources: Sources = TRAINING) -> Path:

@@ -17,9 +17,9 @@ void gather(float* out, const float* from, const int64_t* order, int64_t rows, i
     for (int64_t r = 0; r < rows; r++) std::memcpy(out + r * width, from + order[r] / top_k * width, width * 4);
 }
 
-void add_to(float* at, vec left, vec right) {
-    store(at, load(at) + left);
-    store(at + LANES, load(at + LANES) + right);
+void add_to(float* at, float factor, vec left, vec right) {
+    store(at, mul_add(factor, left, load(at)));
+    store(at + LANES, mul_add(factor, right, load(at + LANES)));
 }
 
 // operation(expert, first row, rows) for blocks of sorted choices; begin(expert) before the first of each.
@@ -49,27 +49,27 @@ void miles_experts(const Sizes* sizes, const float* x, const int64_t* ids, const
     std::vector<int64_t> next(starts, starts + experts);
     for (int64_t c = 0; c < sizes->choices(); c++) order[next[ids[c]]++] = c;
 
-    Buffer rows(BLOCK_ROWS * hidden), active(BLOCK_ROWS * width), up_panels(2 * width * hidden), down_panels(width * hidden);
+    Buffer rows(BLOCK_ROWS * hidden), active(BLOCK_ROWS * width);
+    Buffer up_room(2 * width * hidden), down_room(width * hidden);
+    Matrix up_panels, down_panels;
     std::memset(out, 0, tokens * hidden * 4);
     each_block(
         starts, experts,
         [&](int64_t e) {
-            pack(up_panels, gate_up + e * 2 * width * hidden, hidden, 2 * width, 1, hidden);
-            pack(down_panels, down + e * hidden * width, width, hidden, 1, width);
+            up_panels.pack(up_room, gate_up + e * 2 * width * hidden, 2 * width, hidden, width);
+            down_panels.pack(down_room, down + e * hidden * width, hidden, width);
         },
         [&](int64_t, int64_t first, int64_t count) {
             float* found = projected + first * 2 * width;
             gather(rows, x, order + first, count, k, hidden);
-            product(rows, count, hidden, up_panels, 2 * width, [&](int64_t row, int64_t n, vec left, vec right) {
-                store(found + row * 2 * width + n, left);
-                store(found + row * 2 * width + n + LANES, right);
+            product(rows, hidden, count, up_panels, [&](int64_t row, int64_t panel, vec gate, vec up) {
+                store(found + row * 2 * width + panel * LANES, gate);
+                store(found + (row * 2 + 1) * width + panel * LANES, up);
+                store(active + row * width + panel * LANES, silu(gate) * up);
             });
-            for (int64_t r = 0; r < count; r++)
-                for (int64_t i = 0; i < width; i += LANES)
-                    store(active + r * width + i, silu(load(found + r * 2 * width + i)) * load(found + (r * 2 + 1) * width + i));
-            product(active, count, width, down_panels, hidden, [&](int64_t row, int64_t n, vec left, vec right) {
+            product(active, width, count, down_panels, [&](int64_t row, int64_t panel, vec left, vec right) {
                 const int64_t c = order[first + row];
-                add_to(out + c / k * hidden + n, weights[c] * left, weights[c] * right);
+                add_to(out + c / k * hidden + panel * PANEL, weights[c], left, right);
             });
         });
 }
@@ -81,23 +81,21 @@ void miles_experts_backward(const Sizes* sizes, const float* grad, const float* 
     const int64_t tokens = sizes->tokens, k = sizes->top_k, experts = sizes->experts;
     const int64_t hidden = sizes->hidden, width = sizes->width;
     Buffer rows(BLOCK_ROWS * hidden), grads(BLOCK_ROWS * hidden), grad_active(BLOCK_ROWS * width), active(BLOCK_ROWS * width);
-    Buffer grad_projected(BLOCK_ROWS * 2 * width), up_panels(2 * width * hidden), down_panels(width * hidden);
+    Buffer grad_projected(BLOCK_ROWS * 2 * width), up_room(2 * width * hidden), down_room(width * hidden);
+    Matrix up_panels, down_panels;
     std::memset(grad_x, 0, tokens * hidden * 4);
     std::memset(grad_gate_up, 0, experts * 2 * width * hidden * 4);
     std::memset(grad_down, 0, experts * width * hidden * 4);
     each_block(
         starts, experts,
         [&](int64_t e) {
-            pack(up_panels, gate_up + e * 2 * width * hidden, 2 * width, hidden, hidden, 1);
-            pack(down_panels, down + e * hidden * width, hidden, width, width, 1);
+            up_panels.pack_plain(up_room, gate_up + e * 2 * width * hidden, hidden, 2 * width);
+            down_panels.pack_plain(down_room, down + e * hidden * width, width, hidden);
         },
         [&](int64_t e, int64_t first, int64_t count) {
             gather(rows, x, order + first, count, k, hidden);
             gather(grads, grad, order + first, count, k, hidden);
-            product(grads, count, hidden, down_panels, width, [&](int64_t row, int64_t n, vec left, vec right) {
-                store(grad_active + row * width + n, left);
-                store(grad_active + row * width + n + LANES, right);
-            });
+            product_into(grad_active, width, grads, hidden, count, down_panels);
             for (int64_t r = 0; r < count; r++) {
                 const int64_t c = order[first + r];
                 const float *gates = projected + (first + r) * 2 * width, *ups = gates + width;
@@ -106,17 +104,17 @@ void miles_experts_backward(const Sizes* sizes, const float* grad, const float* 
                 for (int64_t i = 0; i < width; i += LANES) {
                     const vec gate = load(gates + i), up = load(ups + i), share = 1.0f / (1.0f + exponential(-gate));
                     const vec lit = gate * share, found = load(grad_active + r * width + i), scaled = found * weights[c];
-                    along += found * lit * up;
+                    along = mul_add(found * lit, up, along);
                     store(active + r * width + i, weights[c] * lit * up);
                     store(to_up + i, scaled * lit);
-                    store(to_gate + i, scaled * up * (share + lit * (1.0f - share)));
+                    store(to_gate + i, scaled * up * mul_add(lit, 1.0f - share, share));
                 }
                 grad_weights[c] = sum(along);
             }
             add_outer(grad_down + e * hidden * width, grads, hidden, active, width, count);
             add_outer(grad_gate_up + e * 2 * width * hidden, grad_projected, 2 * width, rows, hidden, count);
-            product(grad_projected, count, 2 * width, up_panels, hidden, [&](int64_t row, int64_t n, vec left, vec right) {
-                add_to(grad_x + order[first + row] / k * hidden + n, left, right);
+            product(grad_projected, 2 * width, count, up_panels, [&](int64_t row, int64_t panel, vec left, vec right) {
+                add_to(grad_x + order[first + row] / k * hidden + panel * PANEL, 1.0f, left, right);
             });
         });
 }

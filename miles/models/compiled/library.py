@@ -36,6 +36,12 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "miles_norm_backward": (*(c_void_p,) * 4, c_int64, c_int64, c_void_p, c_void_p),
     "miles_attention": (POINTER(Heads), *(c_void_p,) * 5),
     "miles_attention_backward": (POINTER(Heads), *(c_void_p,) * 9),
+    "miles_linear": (*(c_void_p,) * 3, *(c_int64,) * 3, c_void_p),
+    "miles_swiglu": (c_void_p, c_int64, c_int64, c_void_p),
+    "miles_router_scores": (c_void_p, c_int64, c_int64, c_void_p),
+    "miles_choose_experts": (c_void_p, *(c_int64,) * 3, c_void_p),
+    "miles_weigh_experts": (c_void_p, c_void_p, *(c_int64,) * 4, c_void_p),
+    "miles_log_softmax": (c_void_p, c_void_p, c_int64, c_int64, c_void_p),
 }
 
 
@@ -48,6 +54,12 @@ class Library:
     norm_backward: Any
     attention: Any
     attention_backward: Any
+    linear: Any
+    swiglu: Any
+    router_scores: Any
+    choose_experts: Any
+    weigh_experts: Any
+    log_softmax: Any
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,21 +1,12 @@
 // RMSNorm over rows of any width.
 
-#include "vectors.h"
+#include "norms.h"
 
 extern "C" {
 
 // out = weight * x * rstd, rstd[row] = 1 / sqrt(mean(x^2) + eps).
 void miles_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t width, float* out, float* rstd) {
-    const int64_t whole = width / LANES * LANES;
-    for (int64_t r = 0; r < rows; r++, x += width, out += width) {
-        vec squares = {};
-        for (int64_t i = 0; i < whole; i += LANES) squares += load(x + i) * load(x + i);
-        float total = sum(squares);
-        for (int64_t i = whole; i < width; i++) total += x[i] * x[i];
-        const float scale = rstd[r] = 1.0f / std::sqrt(total / width + eps);
-        for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(x + i) * scale * load(weight + i));
-        for (int64_t i = whole; i < width; i++) out[i] = x[i] * scale * weight[i];
-    }
+    for (int64_t r = 0; r < rows; r++) rstd[r] = rms_norm(out + r * width, x + r * width, weight, width, eps);
 }
 
 // With n = x * rstd: grad_x = rstd * (grad * weight - n * mean(grad * weight * n)), grad_weight = sum grad * n.
@@ -25,14 +16,14 @@ void miles_norm_backward(const float* grad, const float* x, const float* weight,
     std::memset(grad_weight, 0, width * 4);
     for (int64_t r = 0; r < rows; r++, x += width, grad += width, grad_x += width) {
         vec products = {};
-        for (int64_t i = 0; i < whole; i += LANES) products += load(grad + i) * load(weight + i) * load(x + i);
+        for (int64_t i = 0; i < whole; i += LANES) products = mul_add(load(grad + i) * load(weight + i), load(x + i), products);
         float along = sum(products);
         for (int64_t i = whole; i < width; i++) along += grad[i] * weight[i] * x[i];
         const float scale = rstd[r], back = along * scale * scale / width;
         for (int64_t i = 0; i < whole; i += LANES) {
             const vec g = load(grad + i), value = load(x + i);
-            store(grad_weight + i, load(grad_weight + i) + g * value * scale);
-            store(grad_x + i, scale * (g * load(weight + i) - value * back));
+            store(grad_weight + i, mul_add(scale, g * value, load(grad_weight + i)));
+            store(grad_x + i, scale * mul_add(-back, value, g * load(weight + i)));
         }
         for (int64_t i = whole; i < width; i++) {
             grad_weight[i] += grad[i] * x[i] * scale;

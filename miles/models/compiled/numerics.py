@@ -41,9 +41,12 @@ class CompiledNumerics(FastNumerics):
     ) -> Attention:
         if cache is not None or cu_seqlens.device.type != "cpu" or int(cu_seqlens.diff().max()) > LONGEST:
             return super().packed_attention(cu_seqlens, cache, slots)
+        return self._in_segments(cu_seqlens)
+
+    def _in_segments(self, cu_seqlens: Tensor) -> CompiledAttention:
         alone = torch.full((len(cu_seqlens) - 1,), -1)
-        in_torch = super().packed_attention
-        return CompiledAttention(self._library, cu_seqlens, alone, lambda: in_torch(cu_seqlens))
+        in_torch = partial(FastNumerics.packed_attention, self, cu_seqlens)
+        return CompiledAttention(self._library, cu_seqlens, alone, in_torch)
 
     def prefix_attention(
         self, prompt_cu_seqlens: Tensor, own_cu_seqlens: Tensor, prompt_of_own: Tensor

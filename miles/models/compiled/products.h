@@ -1,5 +1,9 @@
-// Matrix products of a few dozen rows at a time. All widths are whole panels.
+// Matrix products rows x weights^T. Weights [N, K] are packed into panels of PANEL columns: for each k the
+// PANEL numbers of one panel lie side by side. Every output is one running sum over k, whatever the number of
+// rows: a row's bits do not depend on the batch.
 #pragma once
+
+#include <algorithm>
 
 #include "vectors.h"
 
@@ -18,8 +22,8 @@ inline void tile(const float* a, int64_t row_step, int64_t k_step, const float* 
 #pragma GCC unroll 12
         for (int r = 0; r < ROWS; r++) {
             const vec value = spread(a[r * row_step]);
-            left[r] += value * first;
-            right[r] += value * second;
+            left[r] = mul_add(value, first, left[r]);
+            right[r] = mul_add(value, second, right[r]);
         }
     }
 #pragma GCC unroll 12
@@ -35,22 +39,71 @@ inline void tile_of(int64_t rows, const float* a, int64_t row_step, int64_t k_st
         tile_of<ROWS - 1>(rows, a, row_step, k_step, b, b_step, count, epilogue);
 }
 
-// A matrix [inputs, outputs] as panels of PANEL columns, each [inputs, PANEL]; element (k, n) is at
-// from[k * k_step + n * n_step].
-inline void pack(float* to, const float* from, int64_t inputs, int64_t outputs, int64_t k_step, int64_t n_step) {
-    for (int64_t n = 0; n < outputs; n += PANEL)
-        for (int64_t k = 0; k < inputs; k++)
-            for (int64_t i = 0; i < PANEL; i++) *to++ = from[k * k_step + (n + i) * n_step];
+// Panels of one matrix. Where `half` is given, each panel holds LANES columns and the LANES columns `half`
+// further on: a gate and its up projection.
+struct Matrix {
+    float* data = nullptr;
+    int64_t inputs = 0, panels = 0;
+
+    static int64_t panels_of(int64_t outputs, int64_t half = 0) {
+        return half ? padded(half, LANES) / LANES : padded(outputs, PANEL) / PANEL;
+    }
+    static int64_t floats(int64_t outputs, int64_t inputs, int64_t half = 0) {
+        return panels_of(outputs, half) * PANEL * inputs;
+    }
+
+    // `room`: for `floats` of them.
+    void pack(float* room, const float* weights, int64_t outputs, int64_t inputs_, int64_t half = 0) {
+        data = room;
+        inputs = inputs_;
+        panels = panels_of(outputs, half);
+        for (int64_t panel = 0; panel < panels; panel++) {
+            const float* columns[PANEL];
+            for (int64_t lane = 0; lane < PANEL; lane++) {
+                const int64_t in_half = panel * LANES + lane % LANES;
+                const int64_t row = half ? in_half + lane / LANES * half : panel * PANEL + lane;
+                columns[lane] = (half ? in_half < half : row < outputs) ? weights + row * inputs : nullptr;
+            }
+            // In squares, so that whole cache lines are read and written.
+            for (int64_t k = 0; k < inputs; k += LANES)
+                pack_square(data + (panel * inputs + k) * PANEL, columns, k, std::min(k + LANES, inputs));
+        }
+    }
+
+    // The matrix [inputs, outputs] itself instead of a transposed one; outputs are whole panels.
+    void pack_plain(float* room, const float* weights, int64_t outputs, int64_t inputs_) {
+        data = room;
+        inputs = inputs_;
+        panels = outputs / PANEL;
+        for (int64_t n = 0; n < outputs; n += PANEL)
+            for (int64_t k = 0; k < inputs; k++, room += PANEL) std::memcpy(room, weights + k * outputs + n, PANEL * 4);
+    }
+
+  private:
+    static void pack_square(float* at, const float* const* columns, int64_t first, int64_t stop) {
+        for (int64_t lane = 0; lane < PANEL; lane++)
+            for (int64_t k = first; k < stop; k++)
+                at[(k - first) * PANEL + lane] = columns[lane] ? columns[lane][k] : 0.0f;
+    }
+};
+
+// epilogue(row, panel, left, right) for every row and panel of x [rows, inputs] @ matrix.
+template <class Epilogue>
+inline void product(const float* x, int64_t stride, int64_t rows, const Matrix& matrix, Epilogue&& epilogue) {
+    for (int64_t panel = 0; panel < matrix.panels; panel++)
+        for (int64_t row = 0; row < rows; row += TILE_ROWS)
+            tile_of<TILE_ROWS>(rows - row, x + row * stride, stride, 1, matrix.data + panel * PANEL * matrix.inputs, PANEL,
+                               matrix.inputs, [&](int r, vec left, vec right) { epilogue(row + r, panel, left, right); });
 }
 
-// epilogue(row, column, left, right) for all of a [rows, inputs] @ packed [inputs, outputs].
-template <class Epilogue>
-inline void product(const float* a, int64_t rows, int64_t inputs, const float* packed, int64_t outputs,
-                    Epilogue&& epilogue) {
-    for (int64_t n = 0; n < outputs; n += PANEL)
-        for (int64_t row = 0; row < rows; row += TILE_ROWS)
-            tile_of<TILE_ROWS>(rows - row, a + row * inputs, inputs, 1, packed + n * inputs, PANEL, inputs,
-                               [&](int r, vec left, vec right) { epilogue(row + r, n, left, right); });
+// out[row] = x @ matrix + bias [PANEL * panels] where there is one; out has room for whole panels.
+inline void product_into(float* out, int64_t out_stride, const float* x, int64_t stride, int64_t rows,
+                         const Matrix& matrix, const float* bias = nullptr) {
+    product(x, stride, rows, matrix, [&](int64_t row, int64_t panel, vec left, vec right) {
+        float* at = out + row * out_stride + panel * PANEL;
+        store(at, bias ? left + load(bias + panel * PANEL) : left);
+        store(at + LANES, bias ? right + load(bias + panel * PANEL + LANES) : right);
+    });
 }
 
 // out [left_width, right_width] += a^T b of a [rows, left_width], b [rows, right_width].

@@ -1,4 +1,8 @@
 // Vectors of the widest registers this machine has, in the compiler's portable notation.
+//
+// Two functions that are to give the same bits call the same code of these headers. What is rounded where must then
+// not be left to the compiler, which may join a product and a sum in one place and not in another: sources are
+// compiled with -ffp-contract=off, and say `mul_add` where one rounding is meant. Sums have an order of their own.
 #pragma once
 
 #include <cmath>
@@ -11,6 +15,12 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#endif
+
+#if defined(__FMA__) || defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -35,6 +45,20 @@ inline void store(float* at, vec x) { *reinterpret_cast<vec*>(at) = x; }
 inline vec spread(float x) { return x - vec{}; }
 inline ivec spread(int32_t x) { return x - ivec{}; }
 inline vec larger(vec a, vec b) { return a > b ? a : b; }
+
+// a * b + c, rounded once where the machine has such an instruction, else twice.
+#if defined(__AVX512F__)
+inline vec mul_add(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__FMA__)
+inline vec mul_add(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif defined(__ARM_NEON)
+inline vec mul_add(vec a, vec b, vec c) {
+    return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+#else
+inline vec mul_add(vec a, vec b, vec c) { return a * b + c; }
+#endif
+inline vec mul_add(float a, vec b, vec c) { return mul_add(spread(a), b, c); }
 
 // The vector turned by SHIFT lanes.
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
@@ -69,16 +93,16 @@ inline vec exponential(vec x) {
     const vec magic = spread(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     const vec low = spread(-87.0f), high = spread(88.0f);
     const vec inside = x < low ? low : (x > high ? high : x);
-    const vec shifted = inside * 1.44269504088896341f + magic;
+    const vec shifted = mul_add(inside, spread(1.44269504088896341f), magic);
     const vec n = shifted - magic;
-    const vec r = (inside - n * 0.693359375f) - n * -2.12194440e-4f;
+    const vec r = mul_add(2.12194440e-4f, n, mul_add(-0.693359375f, n, inside));
     vec p = spread(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = (p * r) * r + r + 1.0f;
+    p = mul_add(p, r, spread(1.3981999507e-3f));
+    p = mul_add(p, r, spread(8.3334519073e-3f));
+    p = mul_add(p, r, spread(4.1665795894e-2f));
+    p = mul_add(p, r, spread(1.6666665459e-1f));
+    p = mul_add(p, r, spread(5.0000001201e-1f));
+    p = mul_add(p * r, r, r) + 1.0f;
     const ivec power = (((ivec)shifted - (ivec)magic) + 127) << 23;
     const vec result = p * (vec)power;
     return x < low ? vec{} : result;

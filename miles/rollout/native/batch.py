@@ -261,7 +261,8 @@ class ContinuousBatch:
     ) -> list[Finished]:
         """Draw the next token of slots first, first + 1, …; those now complete leave."""
         rows = self._sampling_rows(first, first + len(logits_NV))
-        ids_N, log_probs_N = sample(logits_NV, rows, self.slots.lengths[first : first + len(logits_NV)])
+        positions_N = self.slots.lengths[first : first + len(logits_NV)]
+        ids_N, log_probs_N = sample(logits_NV, rows, positions_N, self.runner.numerics.log_softmax)
         self._check_finite(first, log_probs_N)
         done_N = self.slots.append(first, ids_N, log_probs_N)
         self.counters.generated += len(ids_N)

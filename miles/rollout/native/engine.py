@@ -19,6 +19,7 @@ from miles.arch.draft_checkpoint import read_draft
 from miles.arch.precision import PrecisionPolicy
 from miles.arch.spec import ArchSpec
 from miles.errors import ConfigError, MilesError, RunError
+from miles.models.compiled.exact import CompiledExactNumerics
 from miles.models.decoder import Decoder
 from miles.models.eagle import DraftModel
 from miles.models.hidden_states import Stages
@@ -51,8 +52,8 @@ class EngineSettings:
         seed: of every random stream, with the sample keys.
         numerics: how the decoder computes; with the trainer's exact object, log-probs have its bits.
         speculation: guess ahead and verify; None: one token per step.
-        decode_library: the compiled decode kernel (see `fused.build`), for fp32 on the CPU in fast numerics;
-            None: torch decodes.
+        decode_library: the compiled decode kernel (see `fused.build`), for fp32 on the CPU, beside torch's
+            fast numerics or the compiled exact ones; None: torch decodes.
         precision: how it holds its weights; None, or a plain rollout format: in `dtype`, which it computes in
             whatever it holds.
         keep_expanded: keep the plain numbers of quantised weights between products, beside the stored ones: a
@@ -249,7 +250,10 @@ class NativeEngine:
     def rescore(self, tokens: Sequence[int], prompt_length: int) -> Stages:
         """Read a finished sequence again, alone; see `rescore.rescore`. Needs weights."""
         assert self._runner.decoder is not None, "an engine that sampled has weights"
-        return rescore(self._runner.decoder, self.settings.numerics, tokens, prompt_length)
+        settings = self.settings
+        return rescore(
+            self._runner.decoder, settings.numerics, tokens, prompt_length, settings.decode_library
+        )
 
     async def flush_cache(self) -> None:
         """Forget the prompt kept for requests that wait."""
@@ -367,11 +371,16 @@ def _all_below(ids: Sequence[int], vocab: int) -> bool:
 def _make_runner(spec: ArchSpec, settings: EngineSettings) -> Runner | FusedRunner:
     # One slot more than requests: the batch keeps a shared prompt in it.
     slots, context, device = settings.slots + 1, settings.max_context_len, settings.device
+    compiled = isinstance(settings.numerics, CompiledExactNumerics)
     if settings.decode_library is None:
+        assert not compiled, "compiled exact numerics need the decode kernel"
         guessed = 0 if settings.speculation is None else settings.speculation.num_draft_tokens
         return Runner(spec, slots, context, settings.dtype, torch.device(device), settings.numerics, guessed)
     assert settings.speculation is None, "the decode kernel guesses nothing"
-    assert settings.numerics.name == FAST.name and settings.dtype == torch.float32 and device == "cpu", (
-        "the decode kernel computes in fast fp32 on the CPU"
+    assert settings.dtype == torch.float32 and device == "cpu", (
+        "the decode kernel computes in fp32 on the CPU"
     )
-    return FusedRunner(settings.decode_library, spec, slots, context)
+    assert settings.numerics.name == FAST.name or compiled, (
+        "exact numerics in torch have other bits than the decode kernel"
+    )
+    return FusedRunner(settings.decode_library, spec, slots, context, settings.numerics)

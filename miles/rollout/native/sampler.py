@@ -6,6 +6,7 @@ row's token depends on its own logits and its own number only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,22 +62,34 @@ class Distribution:
     probs: torch.Tensor
 
 
+LogSoftmax = Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor]
+"""See `Numerics.log_softmax`."""
+
+
 def sample(
-    logits_NV: torch.Tensor, rows: SamplingRows, positions_N: torch.Tensor
+    logits_NV: torch.Tensor,
+    rows: SamplingRows,
+    positions_N: torch.Tensor,
+    log_softmax: LogSoftmax = scaled_log_softmax,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw the token at `positions_N` (its index in the sequence) of every row.
 
     Returns ids int64 [N] and their log-probs float32 [N] over the whole vocabulary at the row's temperature.
     """
-    target = distribution(logits_NV, rows, positions_N)
+    target = distribution(logits_NV, rows, positions_N, log_softmax)
     ids_N = draw(target, rows, uniform(rows.stream, positions_N))
     return ids_N, target.log_probs.gather(1, ids_N[:, None]).squeeze(1)
 
 
-def distribution(logits_NV: torch.Tensor, rows: SamplingRows, positions_N: torch.Tensor) -> Distribution:
+def distribution(
+    logits_NV: torch.Tensor,
+    rows: SamplingRows,
+    positions_N: torch.Tensor,
+    log_softmax: LogSoftmax = scaled_log_softmax,
+) -> Distribution:
     """What the token at `positions_N` of every row is drawn from."""
     temperature = rows.temperature[:, None] if rows.any_temperature else 1.0
-    log_probs_NV = scaled_log_softmax(logits_NV, temperature)
+    log_probs_NV = log_softmax(logits_NV, temperature)
     allowed_NV = log_probs_NV
     if rows.any_min_length:
         allowed_NV = suppress_stops(log_probs_NV, rows.stop_ids, positions_N < rows.min_length)

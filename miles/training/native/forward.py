@@ -80,6 +80,7 @@ def forward(
         with_entropy=with_entropy,
         linear=decoder.numerics.linear,
         softcap=decoder.spec.logit_softcap,
+        log_softmax=decoder.numerics.log_softmax,
     )
     if on_hidden is not None:
         on_hidden(hidden_TD.detach())

@@ -21,11 +21,11 @@ from miles.training.settings import TrainerSettings
 
 
 def may_share_prompts(decoder: Decoder, settings: TrainerSettings, batch: TrainBatch) -> bool:
-    """A balance loss averages over all rows; exact numerics materialise the scores of shared prompts, and
-    have no gradient for it on CUDA; windows, soft caps and sparse attention are computed in whole
-    sequences."""
+    """A balance loss averages over all rows; exact numerics in torch materialise the scores of shared
+    prompts, and have no gradient for it on CUDA; windows, soft caps and sparse attention are computed in
+    whole sequences."""
     short = int(batch.lengths.max()) <= EXPLICIT_MAX_LEN
-    may = decoder.numerics.name == FAST.name or (short and decoder.embed.device.type == "cpu")
+    may = decoder.numerics.shares_long_prompts or (short and decoder.embed.device.type == "cpu")
     return may and settings.moe_aux_loss_coeff == 0 and decoder.spec.has_plain_attention
 
 

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -119,6 +120,7 @@ class Traffic:
     order_seed: int = 0
     micro_batch: int = 4
     temperature: float = TEMPERATURE
+    top_p: float = 1.0
 
     def requests(self, vocab: int) -> list[list[GenerateRequest]]:
         rng = np.random.default_rng(7)
@@ -126,7 +128,9 @@ class Traffic:
             [
                 GenerateRequest(
                     input_ids=prompt,
-                    sampling=SamplingParams(max_new_tokens=response, temperature=self.temperature),
+                    sampling=SamplingParams(
+                        max_new_tokens=response, temperature=self.temperature, top_p=self.top_p
+                    ),
                     sample_key=1000 * group + member,
                     group=group,
                 )
@@ -146,6 +150,7 @@ class Sides:
     numerics: Numerics
     dtype: torch.dtype = torch.float32
     trainer_numerics: Numerics | None = None
+    decode_library: Path | None = None
     settings: TrainerSettings = field(
         default_factory=lambda: TrainerSettings(
             optimizer=OptimizerSettings(lr=1e-3),
@@ -169,6 +174,7 @@ class Sides:
             max_prefill_tokens=traffic.max_prefill_tokens,
             dtype=self.dtype,
             numerics=self.numerics,
+            decode_library=self.decode_library,
         )
         self.engine = NativeEngine(self.spec, settings)
         copies = {name: tensor.clone() for name, tensor in self.trainer.named_weights()}

@@ -66,6 +66,14 @@ void miles_read(void* handle, const int64_t* tokens, const int64_t* slots, const
     }
 }
 
+int64_t miles_stages(void* handle) { return static_cast<Model*>(handle)->stages(); }
+
+// Reads `count` rows, at most as many as the kernel reads at once, and keeps their states, see Model::trace.
+void miles_trace(void* handle, const int64_t* tokens, const int64_t* slots, const int64_t* positions, int64_t count,
+                 float* states) {
+    static_cast<Model*>(handle)->trace({tokens, slots, positions, count}, states);
+}
+
 // Decodes up to `most_steps` tokens for every request that is not done. Stops after `seconds`, and after the step in
 // which the first of them is done, or with `to_the_end` the last. done[slot] (0 before) says which are; returns the
 // steps, or -1 - slot for a log-prob that is not finite.

@@ -22,6 +22,9 @@ from miles.rollout.native.slots import Slots
 FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama")
 """Model families whose blocks the kernel computes; another may differ in what `Sizes` does not say."""
 
+MOST_TRACED = 256
+"""Rows that the kernel reads at once whatever the model, see model.cpp."""
+
 
 class Sizes(Structure):
     _fields_ = (
@@ -65,6 +68,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "miles_load": (None, (c_void_p, POINTER(ModelWeights), POINTER(LayerWeights))),
     "miles_copy_slots": (None, (c_void_p, *(c_int64,) * 5, c_void_p, c_void_p, c_int64)),
     "miles_read": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
+    "miles_stages": (c_int64, (c_void_p,)),
+    "miles_trace": (None, (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
     "miles_decode": (c_int64, (c_void_p, POINTER(Requests), *(c_int64,) * 2, c_double, c_int64, c_void_p)),
 }
 
@@ -77,6 +82,8 @@ class Library:
     load: Any
     copy_slots: Any
     read: Any
+    stages: Any
+    trace: Any
     decode: Any
 
     def __init__(self, path: Path) -> None:
@@ -162,6 +169,14 @@ class Kernel:
         at_routes = None if routes is None else routes.data_ptr()
         self._library.read(self._model, *rows, len(tokens), wanted.data_ptr(), logits.data_ptr(), at_routes)
         return logits, routes
+
+    def trace(self, tokens: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Read rows as `read` does, at most `MOST_TRACED`; fp32 [T, stages, D] in the order of
+        `hidden_states.stage_names`."""
+        states = torch.empty(len(tokens), self._library.stages(self._model), self.spec.hidden_size)
+        rows = [row.data_ptr() for row in (tokens, slots, positions)]
+        self._library.trace(self._model, *rows, len(tokens), states.data_ptr())
+        return states
 
     def decode(
         self, slots: Slots, running: int, most_steps: int, seconds: float, to_the_end: bool

@@ -2,65 +2,16 @@
 
 #include <algorithm>
 
+#include "norms.h"
+
 namespace {
 
 constexpr int64_t SMALL_CHUNK = 256, LARGE_CHUNK = 1024;
 constexpr int64_t LARGE_HIDDEN = 256;  // from here on a pass over the weights is dear: more rows share one
 
-void rms_norm(float* out, const float* x, const float* weight, int64_t width, float eps) {
-    vec squares = {};
-    const int64_t whole = width / LANES * LANES;
-    for (int64_t i = 0; i < whole; i += LANES) squares += load(x + i) * load(x + i);
-    float total = sum(squares);
-    for (int64_t i = whole; i < width; i++) total += x[i] * x[i];
-    const float scale = 1.0f / std::sqrt(total / width + eps);
-    for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(x + i) * scale * load(weight + i));
-    for (int64_t i = whole; i < width; i++) out[i] = x[i] * scale * weight[i];
-}
-
-// Head norm where the model has weights for it, then rotation of dimensions i and i + d/2 together; times `scale`.
-// DIM 0: any width.
-template <int64_t DIM>
-void norm_and_rotate(float* out, const float* x, const float* weight, const float* cos, const float* sin, float eps,
-                     float scale, int64_t dim) {
-    const int64_t d = DIM ? DIM : dim, half = d / 2;
-    if (!weight) {
-#pragma omp simd
-        for (int64_t i = 0; i < half; i++) {
-            const float a = x[i] * scale, b = x[i + half] * scale;
-            out[i] = a * cos[i] - b * sin[i];
-            out[i + half] = b * cos[i] + a * sin[i];
-        }
-        return;
-    }
-    float total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < d; i++) total += x[i] * x[i];
-    const float factor = scale / std::sqrt(total / d + eps);
-#pragma omp simd
-    for (int64_t i = 0; i < half; i++) {
-        const float a = x[i] * factor * weight[i], b = x[i + half] * factor * weight[i + half];
-        out[i] = a * cos[i] - b * sin[i];
-        out[i + half] = b * cos[i] + a * sin[i];
-    }
-}
-
-using HeadOperation = void (*)(float*, const float*, const float*, const float*, const float*, float, float, int64_t);
-
-HeadOperation head_operation(int64_t dim) {
-    switch (dim) {
-        case 16: return norm_and_rotate<16>;
-        case 32: return norm_and_rotate<32>;
-        case 64: return norm_and_rotate<64>;
-        case 128: return norm_and_rotate<128>;
-        default: return norm_and_rotate<0>;
-    }
-}
-
-void add_bias(float* x, int64_t stride, int64_t rows, const float* bias, int64_t width) {
-    if (!bias) return;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t i = 0; i < width; i++) x[r * stride + i] += bias[i];
+const float* take(float* to, const float* from, int64_t count) {
+    std::memcpy(to, from, count * 4);
+    return to;
 }
 
 }  // namespace
@@ -80,6 +31,8 @@ Model::Model(const Sizes& sizes, const LayerSizes* layers, float* keys, float* v
         layer.sizes = layers[i];
         layer.gate_up.resize(std::max<int64_t>(1, layers[i].experts));
         layer.down.resize(layer.gate_up.size());
+        layer.qkv_bias.resize(qkv_stride_);
+        layer.o_bias.resize(hidden_stride_);
         widest = std::max(widest, layers[i].intermediate);
         most_experts = std::max(most_experts, layers[i].experts);
         most_chosen = std::max(most_chosen, layers[i].top_k);
@@ -91,11 +44,13 @@ Model::Model(const Sizes& sizes, const LayerSizes* layers, float* keys, float* v
     qkv_.resize(rows * qkv_stride_);
     wide_heads_.resize(sizes.heads * width);
     attended_.resize(rows * query_width_);
+    outputs_.resize(rows * hidden_stride_);
     inner_.resize(copies * inner_stride_);
     scores_.resize(4 * score_stride_);
     logits_.resize(rows * vocab_stride_);
     if (!most_experts) return;
     router_logits_.resize(rows * padded(most_experts, PANEL));
+    chances_.resize(most_experts);
     gathered_.resize(copies * hidden_stride_);
     chosen_.resize(copies);
     gates_.resize(copies);
@@ -104,46 +59,71 @@ Model::Model(const Sizes& sizes, const LayerSizes* layers, float* keys, float* v
 }
 
 void Model::take_weights(const ModelWeights& weights, const LayerWeights* layers) {
-    const int64_t hidden = sizes_.hidden;
+    const int64_t hidden = sizes_.hidden, qkv_width = query_width_ + 2 * sizes_.key_heads * sizes_.head_dim;
     live_ = weights;
-    head_.pack(arena_, weights.head, sizes_.vocab, hidden);
+    pack(head_, weights.head, sizes_.vocab, hidden);
     for (int64_t i = 0; i < sizes_.layers; i++) {
         Layer& layer = layers_[i];
         const LayerWeights& live = layer.live = layers[i];
         const int64_t width = layer.sizes.intermediate;
-        layer.qkv.pack(arena_, live.qkv, query_width_ + 2 * sizes_.key_heads * sizes_.head_dim, hidden);
-        layer.o.pack(arena_, live.o, hidden, query_width_);
-        if (layer.sizes.experts) layer.router.pack(arena_, live.router, layer.sizes.experts, hidden);
+        pack(layer.qkv, live.qkv, qkv_width, hidden);
+        pack(layer.o, live.o, hidden, query_width_);
+        if (live.qkv_bias) layer.live.qkv_bias = take(layer.qkv_bias, live.qkv_bias, qkv_width);
+        if (live.o_bias) layer.live.o_bias = take(layer.o_bias, live.o_bias, hidden);
+        if (layer.sizes.experts) pack(layer.router, live.router, layer.sizes.experts, hidden);
         for (size_t e = 0; e < layer.gate_up.size(); e++) {
-            layer.gate_up[e].pack(arena_, live.gate_up + e * 2 * width * hidden, 2 * width, hidden, width);
-            layer.down[e].pack(arena_, live.down + e * hidden * width, hidden, width);
+            pack(layer.gate_up[e], live.gate_up + e * 2 * width * hidden, 2 * width, hidden, width);
+            pack(layer.down[e], live.down + e * hidden * width, hidden, width);
         }
     }
+}
+
+void Model::pack(Matrix& matrix, const float* weights, int64_t outputs, int64_t inputs, int64_t half) {
+    float* room = matrix.data ? matrix.data : arena_.take(Matrix::floats(outputs, inputs, half));
+    matrix.pack(room, weights, outputs, inputs, half);
 }
 
 void Model::forward(const Rows& rows, int16_t* routes, const int64_t* route_rows) {
     const int64_t hidden = sizes_.hidden;
     for (int64_t r = 0; r < rows.count; r++)
         std::memcpy(hidden_ + r * hidden_stride_, live_.embed + rows.tokens[r] * hidden, hidden * 4);
+    keep(0, hidden_, rows.count);
     int64_t moe_layer = 0;
     for (int64_t i = 0; i < sizes_.layers; i++) {
         Layer& layer = layers_[i];
         attention(layer, i, rows);
+        keep(3 * i + 1, outputs_, rows.count);
         for (int64_t r = 0; r < rows.count; r++)
             rms_norm(normed_ + r * hidden_stride_, hidden_ + r * hidden_stride_, layer.live.post_norm, hidden, sizes_.eps);
         if (layer.sizes.experts)
             experts(layer, rows.count, routes, route_rows, moe_layer++);
         else
             dense(layer, rows.count);
+        keep(3 * i + 2, outputs_, rows.count);
+        keep(3 * i + 3, hidden_, rows.count);
     }
+}
+
+void Model::trace(const Rows& rows, float* states) {
+    states_ = states;
+    forward(rows, nullptr, nullptr);
+    for (int64_t r = 0; r < rows.count; r++)
+        rms_norm(normed_ + r * hidden_stride_, hidden_ + r * hidden_stride_, live_.final_norm, sizes_.hidden, sizes_.eps);
+    keep(3 * sizes_.layers + 1, normed_, rows.count);
+    states_ = nullptr;
+}
+
+void Model::keep(int64_t stage, const float* from, int64_t count) {
+    if (!states_) return;
+    for (int64_t r = 0; r < count; r++)
+        std::memcpy(states_ + (r * stages() + stage) * sizes_.hidden, from + r * hidden_stride_, sizes_.hidden * 4);
 }
 
 void Model::attention(Layer& layer, int64_t index, const Rows& rows) {
     const int64_t d = sizes_.head_dim, width = cache_.value_width, group = sizes_.heads / sizes_.key_heads;
     for (int64_t r = 0; r < rows.count; r++)
         rms_norm(normed_ + r * hidden_stride_, hidden_ + r * hidden_stride_, layer.live.input_norm, sizes_.hidden, sizes_.eps);
-    product_into(qkv_, qkv_stride_, normed_, hidden_stride_, rows.count, layer.qkv);
-    add_bias(qkv_, qkv_stride_, rows.count, layer.live.qkv_bias, query_width_ + 2 * sizes_.key_heads * d);
+    product_into(qkv_, qkv_stride_, normed_, hidden_stride_, rows.count, layer.qkv, layer.live.qkv_bias);
     place_heads(layer, index, rows);
     for (int64_t r = 0; r < rows.count; r++) {
         const int64_t count = rows.positions[r] + 1;
@@ -159,32 +139,49 @@ void Model::attention(Layer& layer, int64_t index, const Rows& rows) {
             for (int64_t g = 0; g < group; g++) std::memcpy(out + g * d, wide_heads_ + g * width, d * 4);
         }
     }
-    product_added(hidden_, hidden_stride_, attended_, query_width_, rows.count, layer.o);
-    add_bias(hidden_, hidden_stride_, rows.count, layer.live.o_bias, sizes_.hidden);
+    add_product(attended_, query_width_, rows.count, layer.o, layer.live.o_bias);
+}
+
+// hidden += x @ matrix + bias; what is added goes to outputs_ too where it is traced.
+void Model::add_product(const float* x, int64_t stride, int64_t rows, const Matrix& matrix, const float* bias) {
+    product(x, stride, rows, matrix, [&](int64_t row, int64_t panel, vec left, vec right) {
+        if (bias) left += load(bias + panel * PANEL), right += load(bias + panel * PANEL + LANES);
+        const int64_t at = row * hidden_stride_ + panel * PANEL;
+        if (states_) store(outputs_ + at, left), store(outputs_ + at + LANES, right);
+        store(hidden_ + at, load(hidden_ + at) + left);
+        store(hidden_ + at + LANES, load(hidden_ + at + LANES) + right);
+    });
 }
 
 // Norms and rotates queries in place (scaled for the scores), and puts keys and values into the cache.
 void Model::place_heads(const Layer& layer, int64_t index, const Rows& rows) {
     const int64_t d = sizes_.head_dim;
-    const HeadOperation place_head = head_operation(d);
+    const HeadOperation place_one = head_operation(d);
     const float scale = 1.0f / std::sqrt(static_cast<float>(d));
     float* key = wide_heads_;
     for (int64_t r = 0; r < rows.count; r++) {
         const float *cos = live_.cos + rows.positions[r] * (d / 2), *sin = live_.sin + rows.positions[r] * (d / 2);
         float* heads = qkv_ + r * qkv_stride_;
         for (int64_t h = 0; h < sizes_.heads; h++)
-            place_head(heads + h * d, heads + h * d, layer.live.q_norm, cos, sin, sizes_.eps, scale, d);
+            place_one(heads + h * d, heads + h * d, layer.live.q_norm, cos, sin, sizes_.eps, scale, d);
         const float *keys = heads + query_width_, *values = keys + sizes_.key_heads * d;
         for (int64_t h = 0; h < sizes_.key_heads; h++) {
-            place_head(key, keys + h * d, layer.live.k_norm, cos, sin, sizes_.eps, 1.0f, d);
+            place_one(key, keys + h * d, layer.live.k_norm, cos, sin, sizes_.eps, 1.0f, d);
             cache_.write(cache_.place(index, rows.slots[r], h), rows.positions[r], key, values + h * d);
         }
     }
 }
 
 void Model::dense(Layer& layer, int64_t count) {
-    gated_product(inner_, inner_stride_, normed_, hidden_stride_, count, layer.gate_up[0]);
-    product_added(hidden_, hidden_stride_, inner_, inner_stride_, count, layer.down[0]);
+    gated_product(normed_, count, layer.gate_up[0]);
+    add_product(inner_, inner_stride_, count, layer.down[0], nullptr);
+}
+
+// inner = silu(x @ gate) * (x @ up) of a matrix packed with `half`.
+void Model::gated_product(const float* x, int64_t rows, const Matrix& matrix) {
+    product(x, hidden_stride_, rows, matrix, [&](int64_t row, int64_t panel, vec gate, vec up) {
+        store(inner_ + row * inner_stride_ + panel * LANES, silu(gate) * up);
+    });
 }
 
 // Rows sorted by expert; a row's experts are added in the order of their ids.
@@ -200,17 +197,19 @@ void Model::experts(Layer& layer, int64_t count, int16_t* routes, const int64_t*
         sorted_[at] = c;
         std::memcpy(gathered_ + at * hidden_stride_, normed_ + c / k * hidden_stride_, sizes_.hidden * 4);
     }
+    std::memset(outputs_, 0, count * hidden_stride_ * 4);
     for (int64_t e = 0; e < experts; e++) {
         const int64_t first = starts_[e], rows = starts_[e + 1] - first;
         if (!rows) continue;
-        gated_product(inner_, inner_stride_, gathered_ + first * hidden_stride_, hidden_stride_, rows, layer.gate_up[e]);
+        gated_product(gathered_ + first * hidden_stride_, rows, layer.gate_up[e]);
         product(inner_, inner_stride_, rows, layer.down[e], [&](int64_t row, int64_t panel, vec left, vec right) {
             const int64_t c = sorted_[first + row];
-            float* at = hidden_ + c / k * hidden_stride_ + panel * PANEL;
-            store(at, load(at) + gates_[c] * left);
-            store(at + LANES, load(at + LANES) + gates_[c] * right);
+            float* at = outputs_ + c / k * hidden_stride_ + panel * PANEL;
+            store(at, mul_add(gates_[c], left, load(at)));
+            store(at + LANES, mul_add(gates_[c], right, load(at + LANES)));
         });
     }
+    for (int64_t i = 0; i < count * hidden_stride_; i += LANES) store(hidden_ + i, load(hidden_ + i) + load(outputs_ + i));
 }
 
 // The top k of the softmax over experts, most probable first, and their weights.
@@ -218,21 +217,16 @@ void Model::route(Layer& layer, int64_t count, int16_t* routes, const int64_t* r
     const int64_t experts = layer.sizes.experts, k = layer.sizes.top_k, stride = padded(experts, PANEL);
     product_into(router_logits_, stride, normed_, hidden_stride_, count, layer.router);
     for (int64_t r = 0; r < count; r++) {
-        float* scores = router_logits_ + r * stride;
-        const float total = 1.0f / soften(scores, experts);
-        float kept = 0;
+        float *scores = router_logits_ + r * stride, *gates = gates_.data() + r * k;
+        router_scores(scores, experts);
+        std::memcpy(chances_, scores, experts * 4);
+        int64_t* chosen = chosen_.data() + r * k;
+        choose_experts(scores, experts, k, chosen);
         for (int64_t j = 0; j < k; j++) {
-            int64_t best = 0;
-            for (int64_t e = 1; e < experts; e++)
-                if (scores[e] > scores[best]) best = e;
-            chosen_[r * k + j] = best;
-            gates_[r * k + j] = scores[best];
-            kept += scores[best];
-            scores[best] = -1.0f;
-            if (routes) routes[route_rows[r] * sizes_.moe_layers * k + moe_layer * k + j] = static_cast<int16_t>(best);
+            gates[j] = chances_[chosen[j]];
+            if (routes) routes[route_rows[r] * sizes_.moe_layers * k + moe_layer * k + j] = static_cast<int16_t>(chosen[j]);
         }
-        const float divisor = layer.sizes.normed ? kept : total;
-        for (int64_t j = 0; j < k; j++) gates_[r * k + j] /= divisor;
+        weigh_experts(gates, k, layer.sizes.normed);
     }
 }
 

@@ -11,7 +11,9 @@ import torch
 
 from miles.arch.spec import ArchSpec
 from miles.models.decoder import Decoder
+from miles.models.hidden_states import Stages, stage_names
 from miles.models.mtp import MtpDraft
+from miles.models.numerics import FAST, Numerics
 from miles.rollout.native.fused.cache import BlockCache
 from miles.rollout.native.fused.kernel import Kernel, Library
 from miles.rollout.native.runner import PromptEnd
@@ -24,11 +26,14 @@ MOST_SECONDS = 0.05
 
 class FusedRunner:
     """A decoder in the kernel, fp32 on the CPU. Setting `decoder` packs its matrices: do it whenever they
-    changed. A `draft` is kept for the owner; nothing is guessed with it."""
+    changed. A `draft` is kept for the owner; nothing is guessed with it. `numerics`: of what is
+    drawn in torch."""
 
-    def __init__(self, library: Path, spec: ArchSpec, num_slots: int, context_length: int) -> None:
+    def __init__(
+        self, library: Path, spec: ArchSpec, num_slots: int, context_length: int, numerics: Numerics = FAST
+    ) -> None:
         loaded = Library(library)
-        self.spec, self.device = spec, torch.device("cpu")
+        self.spec, self.device, self.numerics = spec, torch.device("cpu"), numerics
         self.cache = BlockCache(loaded, spec, num_slots, context_length)
         self.kernel = Kernel(loaded, spec, self.cache.keys, self.cache.values)
         self.pack_seconds = 0.0
@@ -75,6 +80,11 @@ class FusedRunner:
         """As `Runner.decode`."""
         slots = self._slots[: len(tokens)]
         return self.kernel.read(tokens, slots, positions, slots)
+
+    def trace(self, tokens: torch.Tensor, positions: torch.Tensor) -> Stages:
+        """Read the next tokens (int64 [T]) of slot 0; what was computed on the way."""
+        states = self.kernel.trace(tokens, torch.zeros_like(tokens), positions)
+        return dict(zip(stage_names(self.spec.num_layers), states.unbind(1), strict=True))
 
     def advance(
         self, slots: Slots, running: int, most_steps: int = MOST_STEPS, to_the_end: bool = False

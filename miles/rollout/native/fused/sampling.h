@@ -2,7 +2,7 @@
 // keyed_random.py: a number of the row's stream at its position, looked up in the cumulative weights.
 #pragma once
 
-#include "vectors.h"
+#include "softmax.h"
 
 struct Choice {
     int64_t id;
@@ -67,18 +67,7 @@ inline int64_t draw(const float* weights, int64_t whole, double u) {
 // The token at `position`. `logits` has whole vectors and is scaled in place; `weights` is scratch of its size.
 inline Choice choose(float* logits, float* weights, int64_t vocab, const Manner& manner, int64_t position) {
     const int64_t whole = padded(vocab, LANES);
-    if (manner.temperature != 1.0f)
-        for (int64_t i = 0; i < vocab; i++) logits[i] /= manner.temperature;
-    for (int64_t i = vocab; i < whole; i++) logits[i] = -INFINITY;
-    vec top = load(logits);
-    for (int64_t i = LANES; i < whole; i += LANES) top = larger(top, load(logits + i));
-    const float highest = largest(top);
-    double all = 0;
-    for (int64_t i = 0; i < whole; i += LANES) {
-        const vec weight = exponential(load(logits + i) - highest);
-        store(weights + i, weight);
-        all += sum(weight);
-    }
+    const Masses masses = weigh_logits(logits, weights, vocab, manner.temperature);
     int64_t id = 0;
     if (manner.greedy) {
         float best = -INFINITY;
@@ -90,5 +79,5 @@ inline Choice choose(float* logits, float* weights, int64_t vocab, const Manner&
                 if (manner.stops[s] >= 0) weights[manner.stops[s]] = 0;
         id = draw(weights, whole, uniform(manner.stream, position));
     }
-    return {id, logits[id] - highest - static_cast<float>(std::log(all))};
+    return {id, masses.log_prob(logits[id])};
 }

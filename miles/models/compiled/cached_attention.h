@@ -4,7 +4,7 @@
 // many keys is one vector. Values: [layers, slots, key heads, blocks * LANES, width], width d in whole vectors.
 #pragma once
 
-#include "vectors.h"
+#include "softmax.h"
 
 struct Cache {
     float *keys, *values;
@@ -36,8 +36,8 @@ inline void dot_keys(const float* queries, int64_t query_stride, const float* ke
             const vec a = load(first + i * LANES), b = load(second + i * LANES);
             for (int g = 0; g < QUERIES; g++) {
                 const vec q = spread(queries[g * query_stride + i]);
-                one[g] += q * a;
-                other[g] += q * b;
+                one[g] = mul_add(q, a, one[g]);
+                other[g] = mul_add(q, b, other[g]);
             }
         }
         for (int g = 0; g < QUERIES; g++) {
@@ -45,22 +45,6 @@ inline void dot_keys(const float* queries, int64_t query_stride, const float* ke
             if (block + 1 < blocks) store(scores + g * score_stride + (block + 1) * LANES, other[g]);
         }
     }
-}
-
-// Scores -> exp(score - largest), those from `count` on 0; returns 1 / their sum.
-inline float soften(float* scores, int64_t count) {
-    const int64_t whole = padded(count, LANES);
-    for (int64_t s = count; s < whole; s++) scores[s] = -INFINITY;
-    vec top = load(scores);
-    for (int64_t s = LANES; s < whole; s += LANES) top = larger(top, load(scores + s));
-    const vec highest = spread(largest(top));
-    vec total = {};
-    for (int64_t s = 0; s < whole; s += LANES) {
-        const vec weight = exponential(load(scores + s) - highest);
-        store(scores + s, weight);
-        total += weight;
-    }
-    return 1.0f / sum(total);
 }
 
 // out[g] = scale[g] * sum_s weights[g][s] values[s], VECTORS vectors of it, even and odd positions apart.
@@ -76,14 +60,14 @@ inline void weigh_values(const float* weights, int64_t weight_stride, const floa
             const vec a = load(values + s * value_width + v * LANES);
             const vec b = load(values + (s + 1) * value_width + v * LANES);
             for (int g = 0; g < QUERIES; g++) {
-                even[g][v] += weights[g * weight_stride + s] * a;
-                odd[g][v] += weights[g * weight_stride + s + 1] * b;
+                even[g][v] = mul_add(weights[g * weight_stride + s], a, even[g][v]);
+                odd[g][v] = mul_add(weights[g * weight_stride + s + 1], b, odd[g][v]);
             }
         }
     if (s < count)
         for (int v = 0; v < VECTORS; v++) {
             const vec a = load(values + s * value_width + v * LANES);
-            for (int g = 0; g < QUERIES; g++) even[g][v] += weights[g * weight_stride + s] * a;
+            for (int g = 0; g < QUERIES; g++) even[g][v] = mul_add(weights[g * weight_stride + s], a, even[g][v]);
         }
     for (int g = 0; g < QUERIES; g++)
         for (int v = 0; v < VECTORS; v++) store(out + g * out_stride + v * LANES, scale[g] * (even[g][v] + odd[g][v]));
@@ -91,11 +75,15 @@ inline void weigh_values(const float* weights, int64_t weight_stride, const floa
 
 template <int QUERIES>
 inline void attend_group(const Cache& cache, int64_t place, const float* queries, int64_t stride, int64_t count,
-                         float* scores, int64_t score_stride, float* out, int64_t out_stride) {
+                         float* scores, int64_t score_stride, float* out, int64_t out_stride, float* log_sums) {
     float scale[QUERIES];
     dot_keys<QUERIES>(queries, stride, cache.keys_of(place), padded(count, LANES) / LANES, cache.head_dim, scores,
                       score_stride);
-    for (int g = 0; g < QUERIES; g++) scale[g] = soften(scores + g * score_stride, count);
+    for (int g = 0; g < QUERIES; g++) {
+        const Softened found = soften(scores + g * score_stride, count);
+        scale[g] = 1.0f / found.total;
+        if (log_sums) log_sums[g] = found.highest + std::log(found.total);
+    }
     const float* values = cache.values_of(place);
     int64_t done = 0;
     for (; done + 2 * LANES <= cache.value_width; done += 2 * LANES)
@@ -107,14 +95,16 @@ inline void attend_group(const Cache& cache, int64_t place, const float* queries
 }
 
 // Attention of the `group` scaled queries that share one key head over positions 0..count-1. Results have whole
-// vectors. scores: room for 4 rows of score_stride.
+// vectors. scores: room for 4 rows of score_stride. log_sums [group], for a backward: the logs of the sums of
+// exponential scores.
 inline void attend(const Cache& cache, int64_t place, const float* queries, int64_t stride, int64_t group,
-                   int64_t count, float* scores, int64_t score_stride, float* out, int64_t out_stride) {
+                   int64_t count, float* scores, int64_t score_stride, float* out, int64_t out_stride,
+                   float* log_sums = nullptr) {
     int64_t g = 0;
     auto next = [&](auto attend_some, int64_t size) {
         for (; g + size <= group; g += size)
             attend_some(cache, place, queries + g * stride, stride, count, scores, score_stride, out + g * out_stride,
-                        out_stride);
+                        out_stride, log_sums ? log_sums + g : nullptr);
     };
     next(attend_group<4>, 4);
     next(attend_group<2>, 2);
