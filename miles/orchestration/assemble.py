@@ -66,7 +66,7 @@ def trainer_settings(config: RunConfig, plan: Plan, spec: ArchSpec) -> TrainerSe
         schedule=_schedule(config, plan),
         algorithm=algorithm_settings(config, plan),
         num_steps_per_rollout=plan.batch.steps_per_rollout,
-        max_tokens_per_micro_batch=plan.micro_batch_tokens,
+        max_tokens_per_micro_batch=_tokens_over_context(config, plan),
         micro_batch_size=None if plan.micro_batch_tokens is not None else plan.micro_batch_size,
         replay_routes=replay,
         recompute_num_layers=recompute.layers,
@@ -80,6 +80,12 @@ def trainer_settings(config: RunConfig, plan: Plan, spec: ArchSpec) -> TrainerSe
         fault=_fault(config.debug.inject_fault, plan.batch.steps_per_rollout),
         precision=None if plan.precision.training.is_plain else plan.precision,
     )
+
+
+def _tokens_over_context(config: RunConfig, plan: Plan) -> int | None:
+    """The budget is that of a device; the sequences of a micro-batch lie on all context-parallel ranks."""
+    tokens = plan.micro_batch_tokens
+    return None if tokens is None else tokens * config.parallel.context_parallel_size
 
 
 def megatron_layout(config: RunConfig, device: str) -> MegatronLayout:

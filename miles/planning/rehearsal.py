@@ -166,7 +166,7 @@ def _layout(config: RunConfig, spec: ArchSpec, processes: int) -> Layout:
     asked = replace(plan_layout(config), world=processes)
     if asked.pp > 1 and processes < asked.pp:
         asked = replace(asked, first_stage_layers=None, last_stage_layers=None, virtual_stage_layers=None)
-    found = nearest_layout(asked, spec, fits=lambda layout: layout.cp == 1 and _divides(config, layout))
+    found = nearest_layout(asked, spec, fits=lambda layout: _divides(config, layout))
     if found is not None:
         return found
     assert processes > 1, "one process needs no division"

@@ -314,7 +314,8 @@ class Subject:
             return None
         assert limits is not None
         training = self.config.training
-        tokens = training.max_tokens_per_gpu or training.micro_batch_size * self.max_context_len
+        longest = -(-self.max_context_len // self.config.parallel.context_parallel_size)
+        tokens = training.max_tokens_per_gpu or training.micro_batch_size * longest
         return estimate_memory(
             self.spec,
             self.dtype,

@@ -32,7 +32,7 @@ class ParallelSection(Section):
     """Ranks that share each expert's matrices; default: the tensor-parallel size."""
 
     context_parallel_size: PositiveInt = 1
-    """Ranks that share each sequence."""
+    """Ranks that share each sequence: two of 2 x so many chunks each, one early and one late."""
 
     sequence_parallel: bool = False
     """Split activations along the sequence between tensor-parallel regions."""

@@ -32,7 +32,7 @@ class TrainingSection(Section):
     """Fill micro-batches up to `max_tokens_per_gpu` instead of counting samples."""
 
     max_tokens_per_gpu: PositiveInt | None = None
-    """Tokens per micro-batch and device."""
+    """Tokens per micro-batch and device; a sequence counts by its share where ranks share it."""
 
     log_probs_max_tokens_per_gpu: PositiveInt | None = None
     """Tokens per micro-batch of passes without gradient; default: `max_tokens_per_gpu`."""

@@ -156,17 +156,15 @@ def vocabulary_not_divided(subject: Subject) -> Iterator[Found]:
 @rule(
     "LAY10",
     Severity.ERROR,
-    title="context parallelism without Transformer Engine",
-    cause="Megatron's own attention keeps a sequence on one rank; only Transformer Engine's cuts it",
-    fix="use --transformer-impl transformer_engine, or --context-parallel-size 1",
+    title="this attention does not share sequences",
+    cause="of Transformer Engine's kernels only the flash and the fused one pass keys and values on to the "
+    "other context-parallel ranks",
+    fix="use --attention-backend flash, fused or auto, or --context-parallel-size 1",
 )
-def context_parallel_local(subject: Subject) -> Iterator[Found]:
-    parallel = subject.config.parallel
-    if parallel.context_parallel_size > 1 and subject.config.training.transformer_impl == "local":
-        yield Found(
-            f"CP {parallel.context_parallel_size} with transformer_impl local",
-            "parallel.context_parallel_size",
-        )
+def context_parallel_unfused(subject: Subject) -> Iterator[Found]:
+    size, backend = subject.config.parallel.context_parallel_size, subject.config.training.attention_backend
+    if size > 1 and backend in ("unfused", "local"):
+        yield Found(f"CP {size} with attention_backend {backend}", "training.attention_backend")
 
 
 @rule(

@@ -6,12 +6,15 @@ layers rotate every row by its own angle and attend with the object that the nat
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
@@ -21,6 +24,7 @@ from miles.models.attention import Attention
 from miles.models.numerics import FAST
 from miles.models.rotary import angles
 from miles.models.segment_attention import SegmentAttention, pays_in_segments
+from miles.training.megatron.context_parallel import ContextSplit, SplitAttention
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.native.micro_batches import MicroBatch
 
@@ -30,7 +34,8 @@ class PackedRows(PackedSeqParams):
     """The rows of a micro-batch as Megatron's layers take them.
 
     `tokens_1T` int64 [1, T], with `padding` rows at the end that make T a multiple of what the layout asks
-    for. `angles_at` int64: the positions whose angles the rotation reads.
+    for. `angles_at` int64: the positions whose angles the rotation reads. `split`: with context parallelism
+    they are the rows of this rank, and padding is where it says.
     """
 
     attention: Attention | None = None
@@ -38,6 +43,7 @@ class PackedRows(PackedSeqParams):
     positions_1T: Tensor | None = None
     angles_at: Tensor | None = None
     padding: int = 0
+    split: ContextSplit | None = None
     layers: tuple[LayerSpec, ...] = ()
     _angles: dict[tuple[RopeSpec, int], Tensor] = field(default_factory=dict)
 
@@ -69,6 +75,9 @@ def packed_rows(
     """
     # Sequence parallelism shares the rows out, and FP8 multiplies so many of them at once on every rank.
     unit = (layout.tp if layout.sequence_parallel else 1) * layout.options.aligned_rows
+    if layout.cp > 1:
+        rank = parallel_state.get_context_parallel_rank()
+        return _split_rows(tokens_T, ContextSplit(cu_seqlens, layout.cp, rank, unit), layout, spec)
     padding = -len(tokens_T) % unit
     if padding:
         places = torch.arange(padding, device=tokens_T.device)
@@ -82,10 +91,7 @@ def packed_rows(
         layers=spec.layers + (spec.mtp.layers if spec.mtp else ()),
     )
     if layout.implementation == "transformer_engine":
-        longest = int(cu_seqlens.diff().max())
-        rows.cu_seqlens_q = rows.cu_seqlens_kv = cu_seqlens.int()
-        rows.max_seqlen_q = rows.max_seqlen_kv = longest
-        rows.angles_at = torch.arange(longest, device=tokens_T.device)
+        _cut_by_megatron(rows, cu_seqlens)
         return rows
     # Seen by the rotation as one sequence whose angles are given row by row.
     whole = torch.tensor([0, len(tokens_T)], dtype=torch.int32, device=tokens_T.device)
@@ -94,6 +100,29 @@ def packed_rows(
     rows.angles_at = positions_T
     rows.attention = local_attention(cu_seqlens, spec)
     return rows
+
+
+def _split_rows(tokens_T: Tensor, split: ContextSplit, layout: MegatronLayout, spec: ArchSpec) -> PackedRows:
+    """This rank's rows of all sequences. Padding counts as rows of them: causal attention hides it."""
+    rows = PackedRows(
+        qkv_format="thd",
+        tokens_1T=split.own(tokens_T).unsqueeze(0),
+        positions_1T=split.positions.unsqueeze(0),
+        split=split,
+        layers=spec.layers,
+    )
+    _cut_by_megatron(rows, split.cu_seqlens)
+    if layout.implementation == "local":
+        rows.attention = SplitAttention(split)
+    return rows
+
+
+def _cut_by_megatron(rows: PackedRows, cu_seqlens: Tensor) -> None:
+    """Rotation and attention take the angles of each sequence, and of its chunks, by `cu_seqlens`."""
+    longest = int(cu_seqlens.diff().max())
+    rows.cu_seqlens_q = rows.cu_seqlens_kv = cu_seqlens.int()
+    rows.max_seqlen_q = rows.max_seqlen_kv = longest
+    rows.angles_at = torch.arange(longest, device=cu_seqlens.device)
 
 
 def local_attention(cu_seqlens: Tensor, spec: ArchSpec) -> Attention:
@@ -135,9 +164,17 @@ class PackedDotProductAttention(DotProductAttention):
     """
 
     def __init__(
-        self, *arguments: Any, k_channels: int | None = None, v_channels: int | None = None, **options: Any
+        self,
+        config: TransformerConfig,
+        *arguments: Any,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(*arguments, **options)
+        # Megatron's own asserts that sequences are whole; here `PackedRows.attention` knows of them.
+        whole = copy(config)
+        whole.context_parallel_size = 1
+        super().__init__(whole, *arguments, **options)
 
     def forward(
         self,

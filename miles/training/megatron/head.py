@@ -22,6 +22,7 @@ from miles.models.logprob import CHUNK_ELEMENTS, token_log_probs
 from miles.models.logprob import best_tokens as one_head_best_tokens
 from miles.models.softcap import softcapped
 from miles.training.megatron.attention import PackedRows
+from miles.training.megatron.context_parallel import joined
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.model import PolicyModel
 from miles.training.native.micro_batches import MicroBatch
@@ -37,16 +38,25 @@ def trained_log_probs(
     with_entropy: bool,
     chunk_tokens: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and entropies, fp32 [R], the same on all tensor-parallel ranks.
+    """Log-probs and entropies, fp32 [R], the same on all tensor- and context-parallel ranks.
 
     Args:
         hidden_t1D: of the last stage; this rank's share of the rows with sequence parallelism.
     """
     weight = model.head_weight
+    places_R, targets_R, split = micro_batch.trained_R, micro_batch.targets_R, rows.split
+    if split is not None:
+        mine_R, places_R = split.places(places_R)
+        targets_R = targets_R[mine_R]
     # A model in low precision hands out fp32.
-    hidden_RD = whole_rows(layout, hidden_t1D).index_select(0, micro_batch.trained_R).to(weight.dtype)
-    targets_R = micro_batch.targets_R
-    return row_log_probs(model, layout, hidden_RD, weight, targets_R, temperature, with_entropy, chunk_tokens)
+    hidden_RD = whole_rows(layout, hidden_t1D).index_select(0, places_R).to(weight.dtype)
+    found = row_log_probs(
+        model, layout, hidden_RD, weight, targets_R, temperature, with_entropy, chunk_tokens
+    )
+    if split is None:
+        return found
+    log_probs, entropy = found
+    return joined(log_probs, mine_R), None if entropy is None else joined(entropy, mine_R)
 
 
 def whole_rows(layout: MegatronLayout, hidden_t1D: Tensor) -> Tensor:

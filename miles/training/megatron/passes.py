@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from miles.arch.spec import ArchSpec
 from miles.training.megatron.attention import PackedRows, micro_batch_rows
+from miles.training.megatron.context_parallel import ContextSplit
 from miles.training.megatron.groups import from_last_stage
 from miles.training.megatron.head import trained_log_probs
 from miles.training.megatron.layout import MegatronLayout
@@ -73,6 +74,7 @@ class Pass:
         self._bare = {id(wrapped): i for i, wrapped in enumerate(chunks.wrapped)}
         self._routes: dict[int, list[ForwardRoutes]] = {}
         self._ends: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._splits: dict[int, ContextSplit | None] = {}
 
     def run(self, micro_batches: Sequence[MicroBatch]) -> list[ForwardOutput]:
         """The outcome for each micro-batch, on every process."""
@@ -102,6 +104,7 @@ class Pass:
             self._replayed(chunk, micro_batch, rows), self._settings.measure, trains=self._loss is not None
         )
         self._routes.setdefault(index, []).append(routes)
+        self._splits[index] = rows.split
         hidden = wrapped(rows)
 
         def end(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -136,6 +139,8 @@ class Pass:
         routes_TLK = micro_batch.routes_TLK
         if routes_TLK is None or not self._settings.replay:
             return None
+        if rows.split is not None:
+            routes_TLK = rows.split.own(routes_TLK, padding=-1)
         if rows.padding:
             blank = routes_TLK.new_full((rows.padding, *routes_TLK.shape[1:]), -1)
             routes_TLK = torch.cat([routes_TLK, blank])
@@ -189,7 +194,19 @@ class Pass:
             group = parallel_state.get_model_parallel_group()
             parts = [own] * dist.get_world_size(group)
             dist.all_gather_object(parts, own, group=group)
-        return [self._one([part[index] for part in parts]) for index in range(len(own))]
+        own_rows = [self._one([part[index] for part in parts]) for index in range(len(own))]
+        return own_rows if layout.cp == 1 else self._over_context(own_rows)
+
+    def _over_context(self, own_rows: list[Tensor | None]) -> list[Tensor | None]:
+        """Ids of this rank's rows, padding included, -> of all rows of each micro-batch."""
+        parts: list[list[Tensor | None]] = [own_rows] * self._chunks.layout.cp
+        dist.all_gather_object(parts, own_rows, group=parallel_state.get_context_parallel_group())
+        found: list[Tensor | None] = []
+        for index, by_rank in enumerate(zip(*parts, strict=True)):
+            split, ids = self._splits[index], [part for part in by_rank if part is not None]
+            assert split is not None
+            found.append(split.whole(ids) if ids else None)
+        return found
 
     def _one(self, parts: list[dict[int, Tensor]]) -> Tensor | None:
         layers: dict[int, list[Tensor]] = {}

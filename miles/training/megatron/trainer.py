@@ -306,11 +306,10 @@ class MegatronTrainer(RolloutTrainer):
 
     @property
     def _shares_prompts(self) -> bool:
-        """Rows that sequence parallelism pads, Transformer Engine's attention and windows take whole
-        sequences.
-        """
-        whole = self.layout.implementation != "local" or self.layout.sequence_parallel
-        return not whole and self.spec.has_plain_attention
+        """Rows that are padded or cut, Transformer Engine's attention and windows take whole sequences."""
+        layout = self.layout
+        cut = layout.implementation != "local" or layout.sequence_parallel or layout.cp > 1
+        return not cut and self.spec.has_plain_attention
 
     def _model(self, model: ModelRole) -> Chunks:
         if model == "policy":

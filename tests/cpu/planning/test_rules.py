@@ -431,8 +431,8 @@ CASES: dict[str, tuple[Case, Case]] = {
     ),
     "LAY9": (scaled("--padded-vocab-size 151937"), scaled("--padded-vocab-size 151940")),
     "LAY10": (
-        scaled("--context-parallel-size 2 --transformer-impl local"),
-        scaled("--context-parallel-size 2 --transformer-impl transformer_engine"),
+        scaled("--context-parallel-size 2 --attention-backend unfused"),
+        scaled("--context-parallel-size 2 --attention-backend fused"),
     ),
     "LAY11": (
         scaled("--moe-enable-deepep"),
