@@ -17,16 +17,17 @@ PROFILE = "qwen3-moe-fp8"
 PYTHON = Path(__file__).parents[2] / ENVIRONMENT / "bin" / "python"
 
 
-def rehearsed(directory: Path, *flags: str) -> tuple[Path, dict[str, object]]:
+def rehearsed(directory: Path, *flags: str, profile: str = PROFILE) -> tuple[Path, dict[str, object]]:
     """The run directory and its plan, once the run has trained three times and can be diagnosed."""
     cli = Cli(directory / "cache", directory / "runs")
-    done = cli("train", "--profile", PROFILE, "--rehearse", *flags)
+    done = cli("train", "--profile", profile, "--rehearse", *flags)
     assert done.returncode == 0, done.stderr
     run = cli.only_run()
     assert (summary_of(run)["status"], summary_of(run)["steps"]) == ("finished", 3)
     rows = [row for row in RunReader(run).rows() if row.step]
     assert all(row.metrics["train/grad_norm"] > 0 for row in rows), "backward ran"
-    assert all(row.metrics["route/replayed_rows_frac"] == 1 for row in rows)
+    assert all(row.metrics.get("route/replayed_rows_frac", 1) == 1 for row in rows)
+    assert ("route/replayed_rows_frac" in rows[0].metrics) == (profile == PROFILE), "the model with experts"
     plan = json.loads((run / "plan.json").read_text())
     assert (plan["trainer"], plan["executor"], plan["dtype"]) == ("megatron", "ray", "bf16")
     assert cli("diagnose", str(run)).returncode == 0
@@ -41,6 +42,14 @@ def test_megatron_rehearses_a_cluster_profile_with_the_native_engine(tmp_path: P
     assert plan["engine"] == "native" and plan["rollout_format"] == "fp8"
     assert "make sglang-cpu" in changes["rollout.backend"]["why"]
     assert changes["parallel.pipeline_model_parallel_size"]["old"] == 4
+
+
+@pytest.mark.slow
+def test_megatron_rehearses_a_model_of_windows_over_two_ranks(tmp_path: Path) -> None:
+    nowhere = ("--server-python", str(tmp_path / "no" / "python"))
+    run, _ = rehearsed(tmp_path, *nowhere, profile="gemma-3-12b")
+    parallel = json.loads((run / "config.json").read_text())["values"]["parallel"]
+    assert (parallel["tensor_model_parallel_size"], parallel["sequence_parallel"]) == (2, True)
 
 
 @pytest.mark.scale

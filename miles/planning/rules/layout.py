@@ -214,7 +214,8 @@ def not_carried(subject: Subject) -> Iterator[Found]:
     engine = subject.on_gpus if asked is None else asked == "transformer_engine"
     obstacle = megatron_obstacle(used, engine)
     if obstacle:
-        yield Found(obstacle, "training.backend")
+        other_layers = "" if megatron_obstacle(used) else "use --transformer-impl local"
+        yield Found(obstacle, "training.backend", other_layers)
 
 
 @rule(
