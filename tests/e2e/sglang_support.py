@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from e2e_support import PATIENCE_S
 
 from miles.data.sample import Sample, SampleStatus
 from miles.data.turns import Reading, continued
@@ -37,7 +38,7 @@ def settle(scenario: Awaitable[T]) -> T:
     """The result of a coroutine."""
 
     async def bounded() -> T:
-        return await asyncio.wait_for(scenario, 900)
+        return await asyncio.wait_for(scenario, PATIENCE_S)
 
     return asyncio.run(bounded())
 
@@ -74,7 +75,7 @@ def serving(checkpoint: Path, log: Path, more: Mapping[str, Any] | None = None) 
     }
     started = ServerProcess(ServerOptions(python=PYTHON, args=args, log=log))
     try:
-        settle(started.wait_ready(600))
+        settle(started.wait_ready(PATIENCE_S))
         yield started
     finally:
         started.kill()
@@ -91,9 +92,9 @@ def server_processes() -> set[int]:
     return found
 
 
-def assert_ended(before: set[int], seconds: float = 20) -> None:
+def assert_ended(before: set[int]) -> None:
     """Nothing of a server that a test started runs any more."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE_S
     while left := server_processes() - before:
         assert time.monotonic() < deadline, f"servers were left behind: {left}"
         time.sleep(0.2)

@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from e2e_support import PATIENCE_S
+
 _ESCAPES = re.compile(rb"\x1b(\[[0-9;?<=>]*[ -/]*[@-~]|\][^\x07]*\x07|[()][A-Z0-9]|[=>78])")
 
 
@@ -47,8 +49,8 @@ class Terminal:
         """Everything that was drawn since the start, without escape codes."""
         return _ESCAPES.sub(b"", self.output).decode("utf-8", "replace")
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 180.0) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert self.exit_code is None, (
                 f"ended with {self.exit_code} before {what}:\n{self.text()[-2000:]}"
@@ -56,8 +58,8 @@ class Terminal:
             assert time.monotonic() < deadline, f"{what} did not happen:\n{self.text()[-4000:]}"
             time.sleep(0.05)
 
-    def wait_for_text(self, text: str, seconds: float = 180.0) -> None:
-        self.wait_for(lambda: text in self.text(), f"{text!r}", seconds)
+    def wait_for_text(self, text: str) -> None:
+        self.wait_for(lambda: text in self.text(), f"{text!r}")
 
     @property
     def exit_code(self) -> int | None:
@@ -66,9 +68,9 @@ class Terminal:
             self._exit_code = os.waitstatus_to_exitcode(status) if pid else None
         return self._exit_code
 
-    def end(self, seconds: float = 20.0) -> int:
+    def end(self) -> int:
         """Wait for the end of the program; returns its exit code."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE_S
         while (code := self.exit_code) is None:
             assert time.monotonic() < deadline, f"it did not end:\n{self.text()[-2000:]}"
             time.sleep(0.05)

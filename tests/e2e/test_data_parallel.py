@@ -56,7 +56,7 @@ def test_a_killed_rank_brings_both_back_from_the_last_checkpoint(
     process = cli.start("train", *SHORT, "--data-parallel-size", "2")
     cli.wait_until(lambda: last_step(cli) >= 3, process)
     os.kill(pid_of(cli.only_run(), "trainer-1"), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=200)
+    _, stderr = cli.outcome(process)
     assert process.returncode == 0, stderr
     assert_same(cli.only_run(), inline)
     assert RunReader(cli.only_run()).attempt == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_support import SMALL, Cli, summary_of
+from e2e_support import PATIENCE_S, SMALL, Cli, summary_of
 
 pytestmark = pytest.mark.slow
 
@@ -110,5 +110,5 @@ def test_a_run_goes_on_when_its_reader_goes_away(cli: Cli) -> None:
     assert process.stdout is not None
     assert process.stdout.readline().startswith("step")
     process.stdout.close()
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=PATIENCE_S) == 0
     assert summary_of(cli.only_run())["steps"] == 12

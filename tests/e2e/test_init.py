@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from e2e_support import Cli, summary_of
+from e2e_support import PATIENCE_S, Cli, summary_of
 
 pytestmark = pytest.mark.slow
 
@@ -49,9 +49,9 @@ class Terminal:
         )
         os.close(slave)
 
-    def wait_for(self, text: str, seconds: float = 60) -> None:
+    def wait_for(self, text: str) -> None:
         """Read the screen until the text has come since the last call."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE_S
         raw = b""
         while text not in self.seen:
             assert time.monotonic() < deadline, f"no {text!r} in {self.seen[-2000:]!r}"
@@ -69,7 +69,7 @@ class Terminal:
 
     def end(self) -> int:
         """Drain what is left and return the exit code."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while self.process.poll() is None:
             assert time.monotonic() < deadline, "it did not end"
             if select.select([self.master], [], [], 0.2)[0]:
@@ -77,7 +77,7 @@ class Terminal:
                     os.read(self.master, 65536)
                 except OSError:
                     break
-        code = self.process.wait(timeout=60)
+        code = self.process.wait(timeout=PATIENCE_S)
         os.close(self.master)
         return code
 

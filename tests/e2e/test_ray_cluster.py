@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from e2e_support import SMALL, Cli, metrics_of, summary_of
+from e2e_support import EVEN, PATIENCE_S, SMALL, Cli, metrics_of, summary_of
 
 from miles.record import RunReader
 
@@ -88,7 +88,7 @@ def head(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     gcs, dashboard, client, agent = free_ports(4)
     runs, token = tmp_path_factory.mktemp("cluster-runs"), secrets.token_hex(24)
     binaries = Path(sys.executable).parent
-    environment = {
+    environment = EVEN | {
         "PATH": f"{binaries}:{os.environ['PATH']}",
         "HOME": str(tmp_path_factory.mktemp("cluster-home")),
         "PYTHONPATH": str(REPOSITORY),
@@ -127,7 +127,7 @@ def head(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             yield Head(f"http://127.0.0.1:{dashboard}", token, runs)
         finally:
             process.terminate()
-            process.wait(timeout=30)
+            process.wait(timeout=PATIENCE_S)
 
 
 def wait_for_node(url: str, token: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -136,7 +136,7 @@ def wait_for_node(url: str, token: str, process: subprocess.Popen[bytes], log: P
 
     patch = pytest.MonkeyPatch()
     patch.setenv("RAY_AUTH_TOKEN", token)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             cluster.read_cluster(url)
@@ -193,7 +193,7 @@ def test_without_shared_files_the_record_is_mirrored_stopped_and_resumed(cli: Cl
 
     stopped = cli("runs", "stop", run.name, "--wait")
     assert stopped.returncode == 0 and "interrupted" in stopped.stdout, stopped.stderr
-    process.communicate(timeout=240)
+    cli.outcome(process)
     assert process.returncode == 143
 
     on_cluster = head.runs / run.name
@@ -219,7 +219,7 @@ def test_a_launcher_that_went_away_is_caught_up_with(cli: ClusterCli, head: Head
     process.kill()
     process.wait()
     run = cli.only_run()
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE_S
     while cli("runs", "show", run.name).returncode == 8:
         assert time.monotonic() < deadline
     assert summary_of(run)["status"] == "finished" and summary_of(run)["steps"] == 30

@@ -70,7 +70,7 @@ def test_the_metrics_are_those_of_the_inline_run_and_nothing_is_left_behind(
     family = family_of(process)
     assert "raylet" in {member.name() for member in family if member.is_running()}
     directory = runtime_directory(family)
-    _, stderr = process.communicate(timeout=240)
+    _, stderr = cli.outcome(process)
     assert process.returncode == 0, stderr
     run = cli.only_run()
     assert metrics_of(run) == metrics_of(uninterrupted)
@@ -90,7 +90,7 @@ def test_an_engine_killed_while_it_draws_costs_nothing(cli: Cli, uninterrupted: 
     first = pid_of(run, "engine-1")
     freeze_while_it_draws(cli, process, run, first)
     os.kill(first, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=240)
+    _, stderr = cli.outcome(process)
     assert process.returncode == 0, stderr
     assert_same_run(run, uninterrupted)
     reader = RunReader(run)
@@ -130,7 +130,7 @@ def test_a_killed_trainer_resumes_by_itself_from_the_last_checkpoint(cli: Cli, u
     cli.wait_until(started(cli, 5), process)
     run = cli.only_run()
     os.kill(pid_of(run, "trainer-0"), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=240)
+    _, stderr = cli.outcome(process)
     assert process.returncode == 0, stderr
     assert metrics_of(run) == metrics_of(uninterrupted)
     reader = RunReader(run)
@@ -144,7 +144,7 @@ def test_a_trainer_that_may_not_be_replaced_ends_the_run_with_its_name(cli: Cli)
     cli.wait_until(started(cli, 2), process)
     run = cli.only_run()
     os.kill(pid_of(run, "trainer-0"), signal.SIGKILL)
-    _, stderr = process.communicate(timeout=240)
+    _, stderr = cli.outcome(process)
     assert process.returncode == 1 and "trainer-0 was lost" in stderr and "Traceback" not in stderr
     assert summary_of(run)["status"] == "failed"
 
@@ -154,7 +154,7 @@ def test_sigterm_saves_and_ends_every_process(cli: Cli) -> None:
     cli.wait_until(started(cli, 4), process)
     run, family = cli.only_run(), family_of(process)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=240)
+    _, stderr = cli.outcome(process)
     assert process.returncode == 143, stderr
     stopped = summary_of(run)
     assert stopped["status"] == "interrupted" and 4 <= stopped["steps"] < 200

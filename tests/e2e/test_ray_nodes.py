@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e_support import SMALL, Cli, metrics_of, summary_of
+from e2e_support import EVEN, PATIENCE_S, SMALL, Cli, metrics_of, summary_of
 from namespace import own_network
 from test_ray_cluster import REPOSITORY, free_ports, wait_for_node
 
@@ -69,7 +69,7 @@ class Nodes:
 
         patch = pytest.MonkeyPatch()
         patch.setenv("RAY_AUTH_TOKEN", self.environment["RAY_AUTH_TOKEN"])
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while cluster.read_cluster(self.url).cpus != CPUS * count:
             assert time.monotonic() < deadline and self.others[-1].poll() is None, log.read_text()
             time.sleep(0.5)
@@ -81,7 +81,7 @@ class Nodes:
         family = (*node.children(recursive=True), node)
         for member in family:
             member.send_signal(signal.SIGKILL)
-        self.others[-1].wait(timeout=30)
+        self.others[-1].wait(timeout=PATIENCE_S)
         return {member.pid for member in family}
 
 
@@ -101,7 +101,7 @@ def nodes(shared_cache: Path, uninterrupted: Path, tmp_path: Path) -> Iterator[N
 def cluster_of_two(shared_cache: Path, tmp_path: Path) -> Iterator[Nodes]:
     gcs, dashboard, client, agent = free_ports(4)
     token = secrets.token_hex(24)
-    environment = {
+    environment = EVEN | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "HOME": str(tmp_path),
         "PYTHONPATH": str(REPOSITORY),
@@ -138,7 +138,7 @@ def cluster_of_two(shared_cache: Path, tmp_path: Path) -> Iterator[Nodes]:
         for process in (*cluster.others, head):
             if process.poll() is None:
                 process.terminate()
-                process.wait(timeout=30)
+                process.wait(timeout=PATIENCE_S)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def cli(nodes: Nodes, shared_cache: Path, tmp_path: Path) -> Iterator[Cli]:
         def environment(self) -> dict[str, str]:
             return super().environment | {"RAY_AUTH_TOKEN": nodes.environment["RAY_AUTH_TOKEN"]}
 
-    instance = TokenCli(shared_cache, tmp_path / "runs")
+    instance = TokenCli(shared_cache, tmp_path / "runs", in_own_network=True)
     yield instance
     instance.kill_leftovers()
 
@@ -180,7 +180,7 @@ def test_a_run_over_two_nodes_survives_the_loss_of_one(cli: Cli, nodes: Nodes, u
     cli.wait_until(told, process)
     assert there == set(lost.events("node_lost")[0]["workers"])
     nodes.join()
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = cli.outcome(process)
     assert process.returncode == 0, stderr
     assert "lost: the node" in stderr and "restarted: " in stderr
     assert metrics_of(run) == metrics_of(uninterrupted)
@@ -191,7 +191,7 @@ def test_without_a_successor_the_run_ends_clean_and_can_be_resumed(cli: Cli, nod
     process = cli.start("train", *SMALL, "--num-rollout", "200", "--address", nodes.url, *wait)
     cli.wait_until(lambda: last_step(cli) >= 4, process)
     nodes.remove_last()
-    _, stderr = process.communicate(timeout=300)
+    _, stderr = cli.outcome(process)
     run = cli.only_run()
     assert process.returncode == 1, stderr
     assert "no room for" in stderr and "nodes left: 1" in stderr and "runs resume" in stderr

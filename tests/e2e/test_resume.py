@@ -56,7 +56,7 @@ def test_sigterm_finishes_the_step_saves_and_resumes_exactly(cli: Cli, uninterru
     process = cli.start("train", *SMALL)
     cli.wait_until(lambda: steps_recorded(cli) >= 4, process)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = cli.outcome(process)
     assert process.returncode == 143, stderr
     run = cli.only_run()
     stopped = summary_of(run)

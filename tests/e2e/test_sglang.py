@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from e2e_support import Cli, summary_of
+from e2e_support import PATIENCE_S, Cli, summary_of
 from sglang_support import ATTACHED, CONTEXT, PYTHON, REPOSITORY, TRAIN, sample_of, settle
 
 from miles.arch import ArchSpec, load_spec
@@ -294,7 +294,7 @@ def test_a_server_ends_with_the_process_that_started_it(checkpoint: Path, tmp_pa
         served = psutil.Process(int(owner.stdout.readline()))
         owner.kill()
         owner.wait()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         # Nobody may be there to collect what is left of a process whose parent is gone.
         while served.is_running() and served.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline
@@ -314,7 +314,7 @@ def test_twenty_steps_of_megatron_on_sglang_samples_raise_the_reward(cli: Cli) -
 
 def learned(cli: Cli, *words: str) -> None:
     """Twenty steps with replayed routes, and new weights over HTTP at each of them, raise the reward."""
-    done = cli(*TRAIN, "--num-rollout", "20", "--check-weight-update-equal", *words, timeout=900)
+    done = cli(*TRAIN, "--num-rollout", "20", "--check-weight-update-equal", *words)
     assert done.returncode == 0, done.stderr
     run = cli.only_run()
     summary = summary_of(run)
@@ -342,14 +342,14 @@ def test_a_server_killed_in_the_middle_of_a_rollout_is_replaced(cli: Cli) -> Non
         "128",
     )
     process = cli.start(*TRAIN, *size, "--check-weight-update-equal", "--skip-eval-before-train")
-    cli.wait_until(lambda: _sampling(cli, step=2), process, timeout=400)
+    cli.wait_until(lambda: _sampling(cli, step=2), process)
     time.sleep(0.3)  # into the middle of it: answers of the step are under way
     run = cli.only_run()
     victim = next(
         e["pid"] for e in RunReader(run).events() if e["kind"] == "worker_start" and e["worker"] == "engine-0"
     )
     os.kill(victim, signal.SIGKILL)
-    _, err = process.communicate(timeout=600)
+    _, err = cli.outcome(process)
     assert process.returncode == 0, err
     reader = RunReader(run)
     events = reader.events()
@@ -380,7 +380,7 @@ def test_weights_reach_a_run_s_server_on_other_ways_than_http(
 ) -> None:
     small = ("--num-rollout", "2", "--rollout-batch-size", "4", "--skip-eval-before-train")
     mode = ("--update-weight-transfer-mode", transport, "--check-weight-update-equal")
-    done = cli(*TRAIN, *small, *mode, "--train-backend", trainer, *ATTACHED, server.url, timeout=300)
+    done = cli(*TRAIN, *small, *mode, "--train-backend", trainer, *ATTACHED, server.url)
     assert done.returncode == 0, done.stderr
     run = cli.only_run()
     assert summary_of(run)["steps"] == 2

@@ -33,7 +33,7 @@ def assert_whole(run: Path, steps: int) -> None:
 
 
 def test_a_server_that_a_ray_worker_starts_samples_for_the_run(cli: Cli) -> None:
-    done = cli(*TRAIN, *FEW, "--num-rollout", "3", "--sample-records-per-step", "64", timeout=600)
+    done = cli(*TRAIN, *FEW, "--num-rollout", "3", "--sample-records-per-step", "64")
     assert done.returncode == 0, done.stderr
     run = cli.only_run()
     assert_whole(run, 3)
@@ -47,11 +47,11 @@ def test_a_killed_megatron_trainer_resumes_by_itself_from_the_last_checkpoint(
     """Its successor loads the checkpoint and hands those weights to the server, which went on alone."""
     size = ("--num-rollout", "6", "--save-interval", "2", "--sample-records-per-step", "64")
     process = cli.start(*TRAIN, *FEW, *size, "--train-backend", "megatron", *ATTACHED, sglang_server.url)
-    cli.wait_until(lambda: last_step(cli) >= 3, process, timeout=400)
+    cli.wait_until(lambda: last_step(cli) >= 3, process)
     run = cli.only_run()
     pid = json.loads((run / "heartbeat" / "trainer-0.json").read_text())["pid"]
     os.kill(pid, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=400)
+    _, stderr = cli.outcome(process)
     assert process.returncode == 0, stderr
     assert "restarted: trainer-0" in stderr
     reader = RunReader(run)

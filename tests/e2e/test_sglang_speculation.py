@@ -60,7 +60,7 @@ def test_a_draft_served_by_sglang_learns_in_megatron_and_guesses_better(
     words[words.index("quickstart")] = "quickstart-mtp"
     size = ("--num-rollout", "10", "--lr", "1e-3", "--lr-warmup-iters", "0", "--skip-eval-before-train")
     start = ("--hf-checkpoint", str(untaught), "--train-backend", "megatron")
-    done = cli(*words, *size, *start, *ATTACHED, server.url, timeout=600)
+    done = cli(*words, *size, *start, *ATTACHED, server.url)
     assert done.returncode == 0, done.stderr
     rows = [row for step, row in sorted(metrics_of(cli.only_run()).items()) if step]
     lengths = [row["rollout/spec_accept_length"] for row in rows]

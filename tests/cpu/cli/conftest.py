@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import select
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from preloaded import PLANS, Miles
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 LEFT_OUT = ("OMP_", "NVTE_", "CUDA_")
-TIMEOUT_S = 120
+TIMEOUT_S = 600
 
 
 @pytest.fixture
@@ -30,48 +28,13 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="session")
-def started_once() -> Iterator[subprocess.Popen[str]]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(LEFT_OUT)}
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("started_once.py"))],
-        env=kept | {"NO_COLOR": "1", "COLUMNS": "100", "TERM": "dumb"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    yield process
-    process.stdin.close()  # type: ignore[union-attr]
-    process.wait(timeout=30)
-
-
 @pytest.fixture
-def miles(
-    environment: dict[str, str],
-    started_once: subprocess.Popen[str],
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Run:
+def miles(environment: dict[str, str], tmp_path: Path) -> Run:
     """`miles WORDS` in an empty directory, without a terminal."""
-    said = tmp_path_factory.mktemp("said")
 
     def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        out, err = said / "stdout", said / "stderr"
-        for file in (out, err):
-            file.write_bytes(b"")
-        call = {
-            "words": words,
-            "cwd": str(tmp_path),
-            "environment": environment | variables,
-            "stdout": str(out),
-            "stderr": str(err),
-        }
-        assert started_once.stdin is not None and started_once.stdout is not None
-        started_once.stdin.write(json.dumps(call) + "\n")
-        started_once.stdin.flush()
-        ready, _, _ = select.select([started_once.stdout], [], [], TIMEOUT_S)
-        assert ready, f"miles {' '.join(words)} takes longer than {TIMEOUT_S} s"
-        code = int(started_once.stdout.readline())
-        return subprocess.CompletedProcess(words, code, out.read_text(), err.read_text())
+        process = Miles(words, environment | variables, tmp_path, imported=PLANS)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     return run

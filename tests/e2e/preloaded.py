@@ -1,0 +1,165 @@
+"""`miles` for tests that start it hundreds of times: forks of a process that has imported what a run imports.
+
+A command has a process of its own, a child of the test's, with nothing but its own environment, directory and
+streams, as if it had been started. What a real start loads and costs is measured by `test_startup`.
+
+As a program, `preloaded.py FD MODULE...`: a message on the socket is JSON (words, directory, environment)
+with the descriptors of stdin, stdout and stderr; the answers are the id of the new process and its adoption.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+REPOSITORY = Path(__file__).parents[2]
+PLANS = ("miles_cli.commands.train", "miles.planning")
+RUNS = (*PLANS, "miles.orchestration.launch", "miles.training.native.trainer", "miles.rollout.native.engine")
+PR_SET_CHILD_SUBREAPER = 36
+THREADS = "1"
+"""Of each process: what the plan of a small run says, and what a process that forks must have."""
+LIMIT = 1 << 17
+"""Bytes of a message."""
+
+
+class Miles(subprocess.Popen[str]):
+    """`miles WORDS` with its output in pipes. Linux only: elsewhere nobody can adopt a grandchild."""
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        env: Mapping[str, str],
+        cwd: Path | None = None,
+        imported: Sequence[str] = RUNS,
+    ) -> None:
+        self.imported = tuple(imported)
+        pipe = subprocess.PIPE
+        super().__init__(
+            words, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
+        )
+
+    def _execute_child(self, words: Any, *how: Any) -> None:  # type: ignore[override]
+        directory, environment, pipes = how[4], how[5], how[9:15]
+        stdin, _, _, stdout, _, stderr = pipes
+        call = {"words": words, "directory": str(directory or Path.cwd()), "environment": environment}
+        self.pid = _fork(_server(self.imported), json.dumps(call).encode(), (stdin, stdout, stderr))
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+def _fork(server: socket.socket, call: bytes, streams: tuple[int, ...]) -> int:
+    """The id of a new process. It is a child of this one, which adopts what the server leaves behind."""
+    assert len(call) < LIMIT
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    socket.send_fds(server, [call], streams)
+    pid, ready = server.recv(32), server.recv(32)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 0)
+    assert ready, "the process that has imported everything is gone"
+    return int(pid)
+
+
+@cache
+def _server(imported: tuple[str, ...]) -> socket.socket:
+    """The way to the process that has imported these; it ends when this one does."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    environment = {**os.environ, "OMP_NUM_THREADS": THREADS, "PYTHONPATH": str(REPOSITORY)}
+    words = [sys.executable, __file__, str(theirs.fileno()), *imported]
+    subprocess.Popen(words, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+    theirs.close()
+    return ours
+
+
+def serve(channel: socket.socket) -> list[str] | None:
+    """Fork until nobody can ask any more: None. In a fork: the words of its command line."""
+    while True:
+        message, streams, _, _ = socket.recv_fds(channel, LIMIT, 3)
+        if not message:
+            return None
+        between = os.fork()
+        if between == 0:
+            child = os.fork()
+            if child == 0:
+                channel.close()
+                return settle(json.loads(message), streams)
+            channel.send(str(child).encode())
+            os._exit(0)
+        for stream in streams:
+            os.close(stream)
+        os.waitpid(between, 0)
+        channel.send(b"adopted")
+
+
+def settle(call: dict[str, Any], streams: Sequence[int]) -> list[str]:
+    """Take the streams, the directory and the environment of a command; its words."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    os.chdir(call["directory"])
+    os.environ.clear()
+    os.environ.update(call["environment"])
+    sys.path[0] = call["directory"]
+    return list(call["words"])
+
+
+def run(words: Sequence[str]) -> int:
+    """The exit code of `miles WORDS`."""
+    from miles_cli import __main__, main
+
+    sys.argv = [__main__.__file__, *words]
+    try:
+        main.main()
+    except SystemExit as ending:
+        return int(ending.code or 0)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    return 1
+
+
+def leave(code: int) -> None:
+    """End as the interpreter ends, but for taking apart module by module what a fork shares."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def accept_torch() -> None:
+    """Let a run start with torch loaded, where that was under the environment that its plan exports."""
+    from miles_cli import session
+
+    prepare = session.prepare
+
+    def prepared(plan: Any) -> None:
+        assert dict(plan.exports).get("OMP_NUM_THREADS", THREADS) == THREADS, "start this run for real"
+        with patch.dict(sys.modules):
+            sys.modules.pop("torch", None)
+            prepare(plan)
+
+    session.prepare = prepared
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        import_module(name)
+    accept_torch()
+    gc.freeze()
+    called = serve(socket.socket(fileno=int(sys.argv[1])))
+    if called is not None:
+        leave(run(called))
