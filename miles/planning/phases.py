@@ -97,7 +97,8 @@ def _rollout(model: ModelShape, layout: Layout, work: Workload) -> Iterator[Phas
 
 def _log_probs(model: ModelShape, layout: Layout, work: Workload, stage: int) -> list[MemoryPart]:
     state = state_parts(rank_weights(model, layout, stage), layout, work.numerics)
-    parts = [*state, forward_activations(model, layout, work.numerics, work.log_prob_tokens)]
+    parts = [*state, *rounded_weights(model, layout, work.numerics, stage, backward=False)]
+    parts.append(forward_activations(model, layout, work.numerics, work.log_prob_tokens))
     return [*parts, *_per_token(model, layout, work, stage, work.log_prob_tokens, backward=False)]
 
 

@@ -88,18 +88,20 @@ def state_parts(weights: RankWeights, layout: Layout, numerics: TrainerNumerics)
 
 
 def rounded_weights(
-    model: ModelShape, layout: Layout, numerics: TrainerNumerics, stage: int
+    model: ModelShape, layout: Layout, numerics: TrainerNumerics, stage: int, backward: bool = True
 ) -> Iterator[MemoryPart]:
     """What INT4 QAT makes of the weights in forward, kept for backward by every micro-batch in flight; where
-    layers are recomputed, one group of them at a time.
+    layers are recomputed, one group of them at a time, and without `backward` one layer.
     """
     if not numerics.int4_qat:
         return
     weights, width = rank_weights(model, layout, stage), PLAIN_BYTES[numerics.dtype]
     count = weights.experts if model.experts else weights.quantised
     copies, how = layout.pp - stage, "kept for backward"
-    if numerics.recompute == "full":
-        layers = layout.stages(model.num_layers)[stage]
+    layers = layout.stages(model.num_layers)[stage]
+    if not backward:
+        count, copies, how = count // layers, 1, "one layer at a time"
+    elif numerics.recompute == "full":
         at_once = min(numerics.recompute_num_layers, layers)
         count, copies, how = count * at_once // layers, 1, f"of {at_once} recomputed layers"
     flying = f" × {copies} micro-batches in flight" if copies > 1 else ""

@@ -155,6 +155,8 @@ def test_int4_qat_keeps_the_rounded_experts_of_every_micro_batch_in_flight() -> 
     again = replace(qat, recompute="full", recompute_num_layers=3)
     assert rounded(again, 0) == experts[0] * 3 // 12 * 2, "12 layers a stage, three at a time"
     assert rounded(BF16, 0) == 0
+    (one,) = rounded_weights(MOE, layout, qat, 0, backward=False)
+    assert one.bytes == experts[0] // 12 * 2, "nothing is kept without a backward"
     assert SMALL.experts == 0
     (dense,) = rounded_weights(SMALL, Layout(world=1), qat, 0)
     assert dense.bytes == SMALL.linear * 2
