@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -89,12 +91,18 @@ class Pair:
         dtype: torch.dtype = torch.float32,
         numerics: Numerics = FAST,
         spec: ArchSpec | None = None,
+        make: Callable[..., Any] | None = None,
     ) -> None:
+        """`make`: another trainer than the native one."""
         spec, plain = spec or wide_spec(), NAMES[dtype]
         self.policy: PrecisionPolicy = precision_policy(spec, plain, rollout, training)
         told = None if training.is_plain else self.policy
         settings = TrainerSettings(probe_tokens=0, precision=told)
-        self.trainer = NativeTrainer(spec, settings, dtype=dtype, numerics=numerics)
+        self.trainer: Any = (
+            NativeTrainer(spec, settings, dtype=dtype, numerics=numerics)
+            if make is None
+            else make(spec, settings, dtype=dtype)
+        )
         self.trainer.init_weights(0)
         self.engine = NativeEngine(
             spec,

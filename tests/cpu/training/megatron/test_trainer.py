@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from low_precision_support import Pair
 
 from miles.algorithms.importance import ImportanceCorrection
 from miles.algorithms.losses import PolicyLossSettings
@@ -111,6 +112,12 @@ def test_int4_qat_equals_the_native_trainers(spec: ArchSpec, make_batch: Batches
     expected = dict(native.named_weights())
     for name, tensor in megatron.named_weights():
         assert (tensor - expected[name]).abs().mean() <= 1e-5, name
+
+
+def test_an_int4_engine_samples_from_what_is_trained() -> None:
+    int4 = NumberFormat("int4")
+    both, engine_alone = (Pair(t, int4, make=MegatronTrainer).gap() for t in (int4, NumberFormat("fp32")))
+    assert both < 2e-6 < 1e-3 < engine_alone
 
 
 def test_a_dense_model(dense_spec: ArchSpec, make_batch: Batches) -> None:
