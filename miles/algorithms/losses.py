@@ -77,6 +77,8 @@ class LossRows:
     reference_T: Tensor | None = None
     entropy_T: Tensor | None = None
     weight_scale: float = 1.0
+    pg_weights_T: Tensor | None = None
+    """In place of `weights_T` for the policy-gradient term."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,14 @@ def policy_loss(rows: LossRows, settings: PolicyLossSettings) -> LossOutput:
         rows.log_probs_T, rows.old_log_probs_T, rows.loss_mask_T, rows.sequences, settings.objective
     )
     loss_T, metrics = _policy_gradient(rows, ratio, settings)
-    everything = rows
+    everything, kept_T = rows, torch.ones_like(rows.weights_T)
     if settings.reads_rollout_log_probs:
         corrected = _correct(rows, loss_T, settings)
         metrics |= _correction_metrics(rows, ratio, corrected, settings)
-        loss_T, rows = corrected.pg_loss_T, replace(rows, weights_T=rows.weights_T * corrected.kept_T)
-    loss = _reduce(rows, loss_T)
+        loss_T, kept_T = corrected.pg_loss_T, corrected.kept_T
+        rows = replace(rows, weights_T=rows.weights_T * kept_T)
+    own_T = rows.pg_weights_T
+    loss = _reduce(rows, loss_T) if own_T is None else (own_T * kept_T * loss_T).sum()
     metrics["pg_loss"] = loss.detach()
     if rows.entropy_T is not None:
         metrics["entropy"] = _weighted(everything, rows.entropy_T)

@@ -9,6 +9,7 @@ NEEDS: dict[str, str | tuple[str, ...]] = {
     "algorithm.kl_loss_coef": "algorithm.use_kl_loss",
     "algorithm.use_unbiased_kl": "algorithm.use_kl_loss",
     "algorithm.opsm_delta": "algorithm.use_opsm",
+    "algorithm.ref_update_interval": ("algorithm.use_kl_loss", "algorithm.kl_coef"),
     "correction.tis_threshold": ("correction.use_tis", MEASURED),
     "correction.tis_clip": ("correction.use_tis", MEASURED),
     "correction.tis_clip_low": ("correction.use_tis", MEASURED),
@@ -45,6 +46,7 @@ NEEDS: dict[str, str | tuple[str, ...]] = {
     "record.mlflow_experiment_name": "record.use_mlflow",
     "record.prometheus_port": "record.use_prometheus",
     "reward.overlong_penalty_factor": "reward.overlong_buffer_len",
+    "rollout.buffer_filter_path": "rollout.partial_rollout",
     "rollout.mask_offpolicy_in_partial_rollout": "rollout.partial_rollout",
     "rollout.async_max_concurrent_samples": "rollout.fully_async",
     "rollout.async_data_buffer_capacity_factor": "rollout.fully_async",
@@ -100,6 +102,36 @@ EXCLUSIVE = (
         "correction.tis_threshold",
         "correction.tis_clip_low",
         "the threshold masks, tis_clip_low raises",
+    ),
+    (
+        "algorithm.custom_advantage_function_path",
+        "algorithm.kl_coef",
+        "a function of yours makes all of the advantage",
+    ),
+    (
+        "algorithm.custom_advantage_function_path",
+        "reward.custom_reward_post_process_path",
+        "a function of yours makes all of the advantage",
+    ),
+    (
+        "algorithm.custom_loss_function_path",
+        "algorithm.custom_pg_loss_reducer_function_path",
+        "a loss of yours is reduced by itself",
+    ),
+    (
+        "algorithm.custom_loss_function_path",
+        "correction.use_tis",
+        "a loss of yours has the engine's log-probs and corrects by itself",
+    ),
+    (
+        "algorithm.custom_loss_function_path",
+        MEASURED,
+        "what a loss of yours measures is its own",
+    ),
+    (
+        "algorithm.custom_loss_function_path",
+        "correction.use_rs",
+        "a loss of yours has the engine's log-probs and corrects by itself",
     ),
     (
         "reward.custom_reward_post_process_path",
@@ -178,5 +210,9 @@ HOOKS = (
     "rollout.custom_generate_function_path",
     "rollout.rollout_sample_filter_path",
     "correction.custom_tis_function_path",
+    "algorithm.custom_loss_function_path",
+    "algorithm.custom_advantage_function_path",
+    "algorithm.custom_pg_loss_reducer_function_path",
+    "rollout.buffer_filter_path",
 )
 """Settings that name a user function."""

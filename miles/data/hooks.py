@@ -61,6 +61,14 @@ async def call_hook(hook: Hook, *args: Any) -> Any:
         raise blame(error, hook) from error
 
 
+def call_sync(hook: Hook, *args: Any, **named: Any) -> Any:
+    """`call_hook` of a hook that is not async."""
+    try:
+        return hook(*args, **named)
+    except Exception as error:  # User code may raise anything, and all of it is theirs to see.
+        raise blame(error, hook) from error
+
+
 def hook_name(hook: Hook) -> str:
     """What a person calls the hook."""
     return str(getattr(hook, "__qualname__", type(hook).__qualname__))

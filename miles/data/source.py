@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -61,6 +61,15 @@ class Cursor:
         return dict(vars(self))
 
 
+PickHeld = Callable[[Sequence[list[Sample]], int], list[list[Sample]]]
+"""From the held groups to those that go on now, at most so many."""
+
+
+def oldest_first(held: Sequence[list[Sample]], n: int) -> list[list[Sample]]:
+    """The first `n`."""
+    return list(held[:n])
+
+
 class PromptSource:
     """Prompts of one file in a fixed order per (seed, epoch)."""
 
@@ -81,6 +90,8 @@ class PromptSource:
         self._order = self._epoch_order(0)
         self.held: list[list[Sample]] = []
         """Groups drawn before that wait to go on, the oldest first; they come before new prompts."""
+        self.pick: PickHeld = oldest_first
+        """Which of them go on now."""
         self.lengths = LengthBook()
         """What the owner tells it about the responses to its prompts."""
 
@@ -100,7 +111,9 @@ class PromptSource:
         """The next `n` groups: held ones, then prompts as `n_samples_per_prompt` pending samples each; epochs
         follow one another.
         """
-        held, self.held = self.held[:n], self.held[n:]
+        held = self.pick(self.held, n)
+        taken = {id(group) for group in held}
+        self.held = [group for group in self.held if id(group) not in taken]
         return [*held, *(self._next_group() for _ in range(n - len(held)))]
 
     def put_back(self, groups: Sequence[list[Sample]]) -> None:

@@ -8,7 +8,12 @@ from miles.algorithms.losses import PolicyLossSettings
 from miles.algorithms.policy_objective import ClipRange
 from miles.algorithms.rejection import Rejection
 from miles.config import RunConfig
-from miles.orchestration.algorithm_hooks import custom_correction
+from miles.orchestration.algorithm_hooks import (
+    custom_advantages,
+    custom_correction,
+    custom_loss,
+    custom_reducer,
+)
 from miles.planning.plan import Plan
 from miles.training.settings import AlgorithmSettings
 
@@ -16,7 +21,10 @@ from miles.training.settings import AlgorithmSettings
 def algorithm_settings(config: RunConfig, plan: Plan) -> AlgorithmSettings:
     """What the trainer is told of the algorithm."""
     algorithm = config.algorithm
-    assert algorithm.loss_type != "custom_loss", "preflight refuses what the native trainer cannot do"
+    own_loss = algorithm.custom_loss_function_path
+    own_advantages = algorithm.custom_advantage_function_path
+    own_reducer = algorithm.custom_pg_loss_reducer_function_path
+    by_token = algorithm.calculate_per_token_loss
     return AlgorithmSettings(
         loss_type=algorithm.loss_type,
         advantage_estimator=algorithm.advantage_estimator,
@@ -28,11 +36,14 @@ def algorithm_settings(config: RunConfig, plan: Plan) -> AlgorithmSettings:
         kl_coef=algorithm.kl_coef,
         use_kl_loss=algorithm.use_kl_loss,
         use_rollout_logprobs=algorithm.use_rollout_logprobs,
-        calculate_per_token_loss=algorithm.calculate_per_token_loss,
+        calculate_per_token_loss=by_token,
         observe_training_entropy=algorithm.observe_training_entropy,
         temperature=config.rollout.rollout_temperature or 1.0,
         max_response_len=plan.max_response_len,
         policy=_policy_loss(config),
+        custom_loss=None if own_loss is None else custom_loss(own_loss, config),
+        custom_advantages=None if own_advantages is None else custom_advantages(own_advantages, config),
+        custom_reducer=None if own_reducer is None else custom_reducer(own_reducer, by_token),
     )
 
 

@@ -51,6 +51,8 @@ class TrainSide(Protocol):
 
     async def train(self, samples: Sequence[Sample]) -> TrainResult: ...
 
+    async def update_reference(self) -> None: ...
+
     async def set_knobs(self, patch: Mapping[str, float]) -> None: ...
 
     async def save(self, directory: Path, *, optimizer: bool = True) -> None: ...
@@ -69,6 +71,7 @@ class Schedule:
     sample_records_per_step: int = 8
     save_optimizer: bool = True
     capsule_interval: int | None = None
+    ref_update_interval: int | None = None
 
 
 @dataclass
@@ -126,7 +129,10 @@ class Driver:
             with self.phase("capsule", step):
                 await self._keep_step(step, rollout.samples)
         with self.phase("train", step):
-            return await self.trainer.train(rollout.samples)
+            update = await self.trainer.train(rollout.samples)
+            if self._due(step, self.schedule.ref_update_interval):
+                await self.trainer.update_reference()
+            return update
 
     @contextmanager
     def phase(self, name: str, step: int) -> Iterator[None]:

@@ -142,6 +142,10 @@ class TrainerActor:
         with self._record.busy("train"):
             return await self._worker.train(unpack_samples(samples))
 
+    async def update_reference(self) -> None:
+        with self._record.busy("update_reference"):
+            await self._worker.update_reference()
+
     async def set_knobs(self, patch: Mapping[str, float]) -> None:
         await self._worker.set_knobs(patch)
 

@@ -94,6 +94,9 @@ class RayTrainer(Handle):
         result: TrainResult = await answer(self.name, self._actor.train.remote(shared))
         return result
 
+    async def update_reference(self) -> None:
+        await answer(self.name, self._actor.update_reference.remote())
+
     async def set_knobs(self, patch: Mapping[str, float]) -> None:
         await answer(self.name, self._actor.set_knobs.remote(dict(patch)))
 

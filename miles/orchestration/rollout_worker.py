@@ -78,10 +78,13 @@ class RolloutWorker:
         self._eval_reward_key = eval_reward_key
         self._custom = custom
         self._shaping = shaping
+        self.step = 0
+        """The one whose samples were drawn last."""
 
     async def collect(self, step: int) -> StepRollout:
         """Draw, generate, score and filter the prompt groups of one step."""
         started = time.perf_counter()
+        self.step = step
         rollout = await collect(
             self.engine,
             self._draw,

@@ -37,6 +37,10 @@ class TrainWorker:
             result.metrics["route/wire_bytes_per_token"] = compact(batch.routes).nbytes / batch.num_tokens
         return result
 
+    async def update_reference(self) -> None:
+        """The policy of this moment becomes the reference."""
+        self.trainer.update_reference()
+
     async def set_knobs(self, patch: Mapping[str, float]) -> None:
         """Change live settings, given under their dotted config keys: all of them, or none and a RunError."""
         before = self.trainer.state

@@ -36,6 +36,8 @@ class TrainerRank(Worker, Protocol):
 
     async def train(self, shared: Any) -> TrainResult: ...
 
+    async def update_reference(self) -> None: ...
+
     async def set_knobs(self, patch: Mapping[str, float]) -> None: ...
 
     async def save(self, directory: Path, *, optimizer: bool = True) -> None: ...
@@ -74,6 +76,9 @@ class TrainerRanks:
         shared = self._ranks[0].share(samples)
         result: TrainResult = (await together([rank.train(shared) for rank in self._ranks]))[0]
         return result
+
+    async def update_reference(self) -> None:
+        await together([rank.update_reference() for rank in self._ranks])
 
     async def set_knobs(self, patch: Mapping[str, float]) -> None:
         await together([rank.set_knobs(patch) for rank in self._ranks])

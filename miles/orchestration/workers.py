@@ -20,6 +20,7 @@ from miles.orchestration.checkpoints import CheckpointStore
 from miles.orchestration.decode_kernel import decode_library
 from miles.orchestration.demonstrations import DemonstrationWorker
 from miles.orchestration.driver import Driver, RolloutSide, Schedule, TrainSide
+from miles.orchestration.held_choice import use_buffer_filter
 from miles.orchestration.observer import Observer
 from miles.orchestration.reward_shaping import Shaping
 from miles.orchestration.rollout_worker import CustomGeneration, RolloutWorker
@@ -141,7 +142,7 @@ def build_sampling(
     config, plan = job.resolved.config, job.plan
     stops = assemble.stop_tokens(config, spec, tokenizer)
     skip_special = config.rollout.rollout_skip_special_tokens
-    return RolloutWorker(
+    worker = RolloutWorker(
         engine=engine,
         prompts=assemble.prompt_source(config, plan, tokenizer),
         score=score,
@@ -154,6 +155,8 @@ def build_sampling(
         custom=_custom_generation(config, engine, tokenizer),
         shaping=Shaping.of(config, plan),
     )
+    use_buffer_filter(worker.prompts, config, lambda: worker.step)
+    return worker
 
 
 def _custom_generation(
@@ -220,4 +223,5 @@ def _schedule(job: Job) -> Schedule:
         sample_records_per_step=config.record.sample_records_per_step,
         save_optimizer=not config.checkpoint.no_save_optim,
         capsule_interval=config.debug.capsule_interval,
+        ref_update_interval=config.algorithm.ref_update_interval,
     )

@@ -11,7 +11,7 @@ from miles.algorithms.kl import approximate_kl
 from miles.algorithms.sequences import Sequences
 from miles.data.batch import TrainBatch
 from miles.errors import DataError
-from miles.training.settings import AlgorithmSettings
+from miles.training.settings import AlgorithmSettings, CustomAdvantages
 
 
 def with_advantages(batch: TrainBatch, settings: AlgorithmSettings) -> tuple[TrainBatch, dict[str, float]]:
@@ -24,6 +24,8 @@ def with_advantages(batch: TrainBatch, settings: AlgorithmSettings) -> tuple[Tra
         DataError: a sequence without a reward, or without a group where the estimator has a group baseline.
     """
     _require_rewards(batch)
+    if settings.custom_advantages is not None:
+        return _with_own_advantages(batch, settings, settings.custom_advantages)
     estimator = settings.estimator
     normalized = _normalize(batch, settings)
     mask_T = torch.from_numpy(batch.loss_mask)
@@ -42,6 +44,15 @@ def with_advantages(batch: TrainBatch, settings: AlgorithmSettings) -> tuple[Tra
     if (batch.group_index >= 0).all():
         metrics["train/active_group_fraction"] = 1 - normalized.num_flat_groups / normalized.num_groups
     return batch.with_rows(advantages=advantages_T.numpy()), metrics
+
+
+def _with_own_advantages(
+    batch: TrainBatch, settings: AlgorithmSettings, advantages_of: CustomAdvantages
+) -> tuple[TrainBatch, dict[str, float]]:
+    advantages = np.where(batch.loss_mask > 0, advantages_of(batch), np.float32(0)).astype(np.float32)
+    if settings.normalize_advantages:
+        advantages = whiten(torch.from_numpy(advantages), torch.from_numpy(batch.loss_mask)).numpy()
+    return batch.with_rows(advantages=advantages), {}
 
 
 def distinct_rollouts(batch: TrainBatch) -> np.ndarray:

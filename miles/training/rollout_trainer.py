@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from miles.arch.spec import ArchSpec
 from miles.data.batch import TrainBatch
@@ -21,6 +25,11 @@ from miles.training.native.state import TrainerState
 from miles.training.native.update import Update
 from miles.training.settings import TrainerSettings
 from miles.training.trainer import LogProbs, ModelRole, TrainResult
+from miles.weights.hf import TORCH_DTYPES, read_hf, write_hf
+from miles.weights.native_map import without_spare_mtp
+
+REFERENCE_DIR = "reference"
+"""A reference that is an earlier policy, in a checkpoint."""
 
 
 class RolloutTrainer(ABC):
@@ -30,6 +39,22 @@ class RolloutTrainer(ABC):
     settings: TrainerSettings
     state: TrainerState
     ranks: Ranks
+    dtype: torch.dtype
+    source_dir: Path | None
+    _reference_is_own: bool = False
+    """Whether the reference is the policy of an earlier step, and belongs in a checkpoint."""
+
+    @abstractmethod
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], model: ModelRole = "policy") -> None:
+        """See `training.trainer.Trainer`."""
+
+    @abstractmethod
+    def named_weights(self, everywhere: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """See `training.trainer.Trainer`; `everywhere`: on all ranks."""
+
+    @abstractmethod
+    def _reference_weights(self) -> tuple[Iterator[tuple[str, Tensor]], bool]:
+        """As `named_weights`, and whether this rank is given them."""
 
     @abstractmethod
     def log_probs(self, batch: TrainBatch, model: ModelRole = "policy") -> LogProbs:
@@ -83,6 +108,30 @@ class RolloutTrainer(ABC):
             metrics |= measurements.over(self.ranks).metrics()
         metrics |= self._after_updates()
         return _summarize(metrics, updates, stop, self._take_events())
+
+    def update_reference(self) -> None:
+        """The policy of this moment becomes the reference. Collective."""
+        policy = without_spare_mtp(self.spec, self.spec.policy, self.named_weights(everywhere=True))
+        self.load_weights(policy, "reference")
+        self._reference_is_own = True
+
+    def _save_reference(self, directory: Path) -> None:
+        """Into a checkpoint, where the reference is no checkpoint of its own. Collective."""
+        if not self._reference_is_own:
+            return
+        weights, writes = self._reference_weights()
+        try:
+            if writes:
+                stored = next(name for name, dtype in TORCH_DTYPES.items() if dtype == self.dtype)
+                write_hf(directory / REFERENCE_DIR, self.spec.policy, weights, self.source_dir, stored)
+        finally:
+            deque(weights, maxlen=0)  # the other ranks' gathers are answered whatever happens to the disk
+
+    def _load_reference(self, directory: Path) -> None:
+        """The reference of a checkpoint, where it holds one."""
+        if (directory / REFERENCE_DIR).is_dir():
+            self.load_weights(read_hf(directory / REFERENCE_DIR), "reference")
+            self._reference_is_own = True
 
     def set(self, knob: str, value: float) -> None:
         """Change a live knob (see `training.knobs`) from the next step on."""

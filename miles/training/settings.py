@@ -8,14 +8,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+from torch import Tensor
+
 from miles.algorithms.advantages import ESTIMATORS, Estimator
-from miles.algorithms.losses import PolicyLossSettings
+from miles.algorithms.losses import LossOutput, LossRows, PolicyLossSettings
 from miles.algorithms.reductions import Reduction
 from miles.arch.precision import PrecisionPolicy
+from miles.data.batch import TrainBatch
 from miles.errors import MilesError
 from miles.models.recompute import RecomputedModule
 
-LossType = Literal["policy_loss", "sft_loss"]
+LossType = Literal["policy_loss", "sft_loss", "custom_loss"]
+CustomLoss = Callable[[LossRows], LossOutput]
+"""A loss of the user's, over the rows of a micro-batch."""
+CustomAdvantages = Callable[[TrainBatch], np.ndarray]
+"""Advantages float32 [T] of a rollout batch, in place of the estimator's."""
+CustomReducer = Callable[[TrainBatch, int], Tensor]
+"""Weights float32 [T] of the policy-gradient loss over an optimizer step of so many rollouts."""
 NonFinitePolicy = Literal["skip", "stop"]
 DecayStyle = Literal["constant", "linear", "cosine"]
 
@@ -66,6 +76,9 @@ class AlgorithmSettings:
     temperature: float = 1.0
     max_response_len: int | None = None
     policy: PolicyLossSettings = field(default_factory=PolicyLossSettings)
+    custom_loss: CustomLoss | None = None
+    custom_advantages: CustomAdvantages | None = None
+    custom_reducer: CustomReducer | None = None
 
     @property
     def estimator(self) -> Estimator:
@@ -81,14 +94,14 @@ class AlgorithmSettings:
     @property
     def reduction(self) -> Reduction:
         """How token losses become one number."""
-        if self.loss_type == "policy_loss" and self.estimator.constant_divisor:
+        if self.loss_type != "sft_loss" and self.estimator.constant_divisor:
             return "constant"
         return "token_mean" if self.calculate_per_token_loss else "rollout_mean"
 
     @property
     def needs_reference(self) -> bool:
         """Whether a KL term reads a reference model."""
-        return self.loss_type == "policy_loss" and (self.use_kl_loss or self.kl_coef != 0)
+        return self.loss_type != "sft_loss" and (self.use_kl_loss or self.kl_coef != 0)
 
     @property
     def needs_entropy(self) -> bool:

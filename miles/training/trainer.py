@@ -64,6 +64,9 @@ class Trainer(Protocol):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights under published names; views of the live parameters where possible."""
 
+    def update_reference(self) -> None:
+        """The policy of this moment becomes the reference."""
+
     def save(self, directory: Path, *, optimizer: bool = True) -> None:
         """Write weights, optimizer moments, schedule and knobs into an existing directory."""
 

@@ -32,7 +32,7 @@ FAULT = re.compile(r"(nan_grad|stale_engine|skip_sync|corrupt_routes|drop_routes
 )
 def learning_rate_high(subject: Subject) -> Iterator[Found]:
     spec, config = subject.spec, subject.config
-    if spec is None or config.algorithm.loss_type != "policy_loss":
+    if spec is None or config.algorithm.loss_type == "sft_loss":
         return
     parameters = spec.num_parameters()
     limit = HIGH_LR_LARGE if parameters >= LARGE_PARAMETERS else HIGH_LR_SMALL

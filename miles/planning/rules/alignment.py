@@ -129,7 +129,7 @@ def exact_without_operations(subject: Subject) -> Iterator[Found]:
 )
 def greedy_rollout(subject: Subject) -> Iterator[Found]:
     config = subject.config
-    if config.rollout.rollout_temperature == 0 and config.algorithm.loss_type == "policy_loss":
+    if config.rollout.rollout_temperature == 0 and config.algorithm.loss_type != "sft_loss":
         yield Found("rollout_temperature 0", "rollout.rollout_temperature")
 
 
@@ -143,7 +143,7 @@ def greedy_rollout(subject: Subject) -> Iterator[Found]:
 )
 def truncated_sampling(subject: Subject) -> Iterator[Found]:
     rollout = subject.config.rollout
-    if subject.config.algorithm.loss_type != "policy_loss":
+    if subject.config.algorithm.loss_type == "sft_loss":
         return
     if rollout.rollout_top_p < 1:
         yield Found(f"rollout_top_p {rollout.rollout_top_p:g}", "rollout.rollout_top_p")
@@ -215,7 +215,7 @@ def gap_not_measured(subject: Subject) -> Iterator[Found]:
 )
 def aux_loss_in_rl(subject: Subject) -> Iterator[Found]:
     config, spec = subject.config, subject.spec
-    if spec is not None and spec.is_moe and config.algorithm.loss_type == "policy_loss":
+    if spec is not None and spec.is_moe and config.algorithm.loss_type != "sft_loss":
         coefficient = config.training.moe_aux_loss_coeff
         if coefficient > 0:
             yield Found(f"moe_aux_loss_coeff {coefficient:g}", "training.moe_aux_loss_coeff")

@@ -54,7 +54,7 @@ def group_straddles(subject: Subject) -> Iterator[Found]:
 def group_of_one(subject: Subject) -> Iterator[Found]:
     algorithm = subject.config.algorithm
     if (
-        algorithm.loss_type == "policy_loss"
+        algorithm.loss_type != "sft_loss"
         and algorithm.advantage_estimator in GROUP_NORMALISED
         and not algorithm.disable_rewards_normalization
         and subject.config.rollout.n_samples_per_prompt == 1
@@ -75,7 +75,7 @@ def group_of_one(subject: Subject) -> Iterator[Found]:
 def small_group(subject: Subject) -> Iterator[Found]:
     group = subject.config.rollout.n_samples_per_prompt
     normalised = subject.config.algorithm.advantage_estimator in GROUP_NORMALISED
-    if normalised and subject.config.algorithm.loss_type == "policy_loss" and 2 <= group <= 3:
+    if normalised and subject.config.algorithm.loss_type != "sft_loss" and 2 <= group <= 3:
         yield Found(f"{group} samples per prompt", "rollout.n_samples_per_prompt")
 
 

@@ -257,7 +257,7 @@ def prompts_too_long(subject: Subject) -> Iterator[Found]:
 )
 def reward_unset(subject: Subject) -> Iterator[Found]:
     reward = subject.config.reward
-    if subject.config.algorithm.loss_type == "policy_loss" and not (reward.rm_type or reward.custom_rm_path):
+    if subject.config.algorithm.loss_type != "sft_loss" and not (reward.rm_type or reward.custom_rm_path):
         yield Found("rm_type and custom_rm_path are both unset", "reward.rm_type")
 
 

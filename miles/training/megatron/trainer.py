@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from miles.arch.spec import ArchSpec
@@ -216,10 +217,13 @@ class MegatronTrainer(RolloutTrainer):
             save_dist_checkpoint(
                 directory, self._on_disk, self._chunks.bare, self._draft, self.state, self.source_dir
             )
+            self._save_reference(directory)
             return
         from miles.training.megatron.checkpoint import save_checkpoint
 
         save_checkpoint(directory, self._on_disk, self.state, self.source_dir, with_optimizer=optimizer)
+        if optimizer:
+            self._save_reference(directory)
 
     def load(self, directory: Path) -> None:
         """Restore what any trainer's `save` wrote, but for knobs that the configuration has changed since."""
@@ -231,6 +235,14 @@ class MegatronTrainer(RolloutTrainer):
         else:
             state = load_checkpoint(directory, self._on_disk, self._policy_tensors)
         self.state = state.under(Knobs.from_settings(self.settings))
+        self._load_reference(directory)
+
+    def _reference_weights(self) -> tuple[Iterator[tuple[str, Tensor]], bool]:
+        from miles.training.megatron.tensors import MegatronTensors
+
+        assert self._reference is not None
+        tensors = MegatronTensors(self.spec.policy, self._reference.bare, self.device)
+        return tensors.published(self.dtype), dist.get_rank() == 0
 
     def _update(self, batch: TrainBatch, measurements: PassMeasurements | None) -> Update:
         from miles.training.megatron.update import MegatronStep

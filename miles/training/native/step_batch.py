@@ -28,6 +28,8 @@ class StepBatch:
     indices_N: np.ndarray
     weights_T: np.ndarray
     weight_scale: float = 1.0
+    pg_weights_T: np.ndarray | None = None
+    """Of the policy-gradient loss alone, where a function of the user's gives them."""
 
     @classmethod
     def of(cls, batch: TrainBatch, settings: AlgorithmSettings, policy: PolicyLossSettings) -> StepBatch:
@@ -39,7 +41,11 @@ class StepBatch:
             settings.reduction,
             settings.max_response_len,
         )
-        return cls(batch, trained_sequences(batch), weights_T.numpy(), _weight_scale(batch, policy))
+        own_T = None
+        if settings.custom_reducer is not None:
+            own_T = settings.custom_reducer(batch, len(np.unique(distinct_rollouts(batch)))).numpy()
+        indices_N = trained_sequences(batch)
+        return cls(batch, indices_N, weights_T.numpy(), _weight_scale(batch, policy), own_T)
 
     @property
     def num_rows(self) -> int:
@@ -77,6 +83,7 @@ class StepBatch:
             reference_T=micro_batch.trained_values(batch.ref_log_probs),
             entropy_T=output.entropy_R,
             weight_scale=self.weight_scale,
+            pg_weights_T=micro_batch.trained_values(self.pg_weights_T),
         )
 
 

@@ -186,6 +186,8 @@ class NativeTrainer(RolloutTrainer):
         written can be loaded on any number of ranks.
         """
         save_checkpoint(directory, self._tensors, self.state, self.source_dir, optimizer=optimizer)
+        if optimizer:
+            self._save_reference(directory)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote; weights, moments, counters and knobs are the same bits afterwards, but
@@ -194,6 +196,12 @@ class NativeTrainer(RolloutTrainer):
         Every rank reads its own part of the files.
         """
         self.state = load_checkpoint(directory, self._tensors).under(Knobs.from_settings(self.settings))
+        self._load_reference(directory)
+
+    def _reference_weights(self) -> tuple[Iterator[tuple[str, Tensor]], bool]:
+        assert self.reference is not None
+        native = dict(self.reference.named_parameters())
+        return self.layout.published(self.spec.policy, native, self.dtype), self.layout.writes
 
     def _before_updates(self, batch: TrainBatch) -> dict[str, float]:
         if self._rounding is not None:

@@ -189,6 +189,8 @@ class OptimizerStep:
     def _loss(self, rows: LossRows) -> LossOutput:
         if self.settings.algorithm.loss_type == "sft_loss":
             return sft_loss(rows)
+        if self.settings.algorithm.custom_loss is not None:
+            return self.settings.algorithm.custom_loss(rows)
         return policy_loss(rows, self._policy)
 
     @property

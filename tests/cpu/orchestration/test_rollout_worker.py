@@ -8,11 +8,15 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from miles.config import parse_flags, resolve
+from miles.data.hooks import HookError
 from miles.data.prompts import PromptFormat, PromptKeys
 from miles.data.rows import parse_data_path
 from miles.data.sample import Sample
 from miles.data.source import PromptSource, SourceSettings
+from miles.orchestration.held_choice import use_buffer_filter
 from miles.orchestration.rollout_worker import RolloutWorker
 from miles.rollout.collect import CollectSettings
 from miles.rollout.engine import GenerateOutput, GenerateRequest, SamplingParams
@@ -54,6 +58,18 @@ class ScriptedEngine:
         return 0
 
 
+FILTER = """
+def newest(args, rollout_id, buffer, num_samples):
+    assert rollout_id == 7
+    picked = buffer[-num_samples:]
+    del buffer[-num_samples:]
+    return picked
+
+def invented(args, rollout_id, buffer, num_samples):
+    return [["nobody"]]
+"""
+
+
 async def score(samples: Sequence[Sample]) -> list[float]:
     return [1.0 for _ in samples]
 
@@ -90,3 +106,26 @@ def test_the_second_epoch_begins_with_the_longest_also_after_a_resume(tmp_path: 
         assert [sample.tokens[0] for sample in samples] == [1, 1, 2, 2, 3, 3, 4, 4], (
             "samples keep their order"
         )
+
+
+def held_worker(tmp_path: Path, name: str) -> RolloutWorker:
+    path, hooks = tmp_path / "prompts.jsonl", tmp_path / "my_buffer.py"
+    path.write_text("".join(json.dumps({"input": str(prompt)}) + "\n" for prompt in LENGTHS))
+    hooks.write_text(FILTER)
+    held = worker(path, ScriptedEngine())
+    held.prompts.put_back(held.prompts.next_groups(3))
+    flags = ["--partial-rollout", "--buffer-filter-path", f"{hooks}:{name}"]
+    use_buffer_filter(held.prompts, resolve(flags=parse_flags(flags)).config, lambda: 7)
+    return held
+
+
+def test_a_function_chooses_which_held_groups_go_on(tmp_path: Path) -> None:
+    held = held_worker(tmp_path, "newest")
+    assert [group[0].group_index for group in held.prompts.next_groups(2)] == [1, 2]
+    assert [group[0].group_index for group in held.prompts.held] == [0]
+    assert [group[0].group_index for group in held.prompts.next_groups(2)] == [0, 3]
+
+
+def test_a_choice_from_outside_the_buffer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HookError, match="did not choose from the buffer"):
+        held_worker(tmp_path, "invented").prompts.next_groups(2)

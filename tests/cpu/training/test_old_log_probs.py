@@ -100,6 +100,27 @@ def test_the_reference_is_loaded_and_read_for_the_kl_loss(spec, make_trainer, ma
     assert last["train/kl_loss"] > 1e-5
 
 
+def test_the_reference_follows_the_policy_and_survives_a_checkpoint(
+    spec, make_trainer, make_batch, tmp_path
+) -> None:
+    policy = PolicyLossSettings(kl_loss_coef=0.1, kl_loss_type="k3")
+    algorithm = AlgorithmSettings(use_kl_loss=True, policy=policy)
+    settings = replace(LEARNING, algorithm=algorithm, replay_routes=False)
+    batch, trainer = make_batch(spec), make_trainer(spec, settings)
+    trainer.load_weights(make_trainer(spec, seed=5).named_weights(), "reference")
+    assert trainer.train_step(batch).metrics["train/kl_loss"] > 1e-4
+    trainer.update_reference()
+    kept = trainer.log_probs(batch, "reference").log_probs
+    np.testing.assert_array_equal(kept, trainer.log_probs(batch).log_probs)
+    trainer.train_step(batch)
+    (tmp_path / "after").mkdir()
+    trainer.save(tmp_path / "after")
+    resumed = make_trainer(spec, settings, seed=7)
+    resumed.load(tmp_path / "after")
+    np.testing.assert_array_equal(resumed.log_probs(batch, "reference").log_probs, kept)
+    assert (resumed.log_probs(batch).log_probs != kept).any()
+
+
 def test_the_kl_penalty_of_reinforce_plus_plus_reads_both_models(spec, make_trainer, make_batch) -> None:
     algorithm = AlgorithmSettings(advantage_estimator="reinforce_plus_plus", kl_coef=0.5)
     batch = make_batch(spec)

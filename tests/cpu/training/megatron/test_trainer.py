@@ -12,7 +12,7 @@ import torch
 from low_precision_support import Pair
 
 from miles.algorithms.importance import ImportanceCorrection
-from miles.algorithms.losses import PolicyLossSettings
+from miles.algorithms.losses import LossOutput, LossRows, PolicyLossSettings
 from miles.algorithms.rejection import Rejection
 from miles.arch import ArchSpec
 from miles.arch.precision import NumberFormat, precision_policy
@@ -28,6 +28,22 @@ from miles.training.settings import (
 
 Batches = Callable[..., TrainBatch]
 SETTINGS = TrainerSettings(optimizer=OptimizerSettings(lr=1e-2), max_tokens_per_micro_batch=40)
+
+
+def own_loss(rows: LossRows) -> LossOutput:
+    assert rows.advantages_T is not None
+    loss = -(rows.weights_T * rows.advantages_T * rows.log_probs_T).sum()
+    return LossOutput(loss, {"loss": loss.detach(), "custom/rows": rows.loss_mask_T.sum()})
+
+
+def own_advantages(batch: TrainBatch) -> np.ndarray:
+    return np.repeat(batch.rewards - batch.rewards.mean(), batch.lengths)
+
+
+def own_reduction(batch: TrainBatch, num_rollouts: int) -> torch.Tensor:
+    return torch.from_numpy(batch.loss_mask) / (7 * num_rollouts)
+
+
 CASES = {
     "one step, dynamic batches": SETTINGS,
     "two steps per rollout": replace(SETTINGS, num_steps_per_rollout=2),
@@ -44,6 +60,11 @@ CASES = {
         SETTINGS,
         algorithm=AlgorithmSettings(use_kl_loss=True, policy=PolicyLossSettings(kl_loss_coef=0.1)),
     ),
+    "own loss and advantages": replace(
+        SETTINGS,
+        algorithm=AlgorithmSettings("custom_loss", custom_loss=own_loss, custom_advantages=own_advantages),
+    ),
+    "own reduction": replace(SETTINGS, algorithm=AlgorithmSettings(custom_reducer=own_reduction)),
     "corrections of sequences": replace(
         SETTINGS,
         algorithm=AlgorithmSettings(
@@ -232,3 +253,23 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_names_the_tensor(
     assert result.metrics["train/step_skipped"] == 1
     assert all(torch.equal(tensor, before[key]) for key, tensor in trainer.named_weights())
     assert trainer.train_step(make_batch(spec, seed=1)).metrics["train/step_skipped"] == 0
+
+
+def test_an_earlier_policy_as_the_reference_survives_a_checkpoint(
+    spec: ArchSpec, make_batch: Batches, tmp_path: Path
+) -> None:
+    native, megatron = pair(spec, CASES["reference"])
+    for trainer in (native, megatron):
+        trainer.train_step(make_batch(spec))
+        trainer.update_reference()
+        trainer.train_step(make_batch(spec, seed=1))
+    megatron.save(tmp_path)
+    expected = native.log_probs(make_batch(spec), "reference").log_probs
+    resumed, _ = pair(spec, CASES["reference"])
+    resumed.load(tmp_path)
+    np.testing.assert_allclose(
+        megatron.log_probs(make_batch(spec), "reference").log_probs, expected, atol=1e-3
+    )
+    np.testing.assert_allclose(
+        resumed.log_probs(make_batch(spec), "reference").log_probs, expected, atol=1e-3
+    )
