@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from preloaded import Miles
+import preloaded
 
 from miles.record import RunReader
 
@@ -58,10 +58,12 @@ class Cli:
         self._processes.append(process)
         return process
 
-    def _forked(self, arguments: Sequence[str], cwd: Path | None = None, **options: Any) -> Miles | None:
+    def _forked(
+        self, arguments: Sequence[str], cwd: Path | None = None, **options: Any
+    ) -> subprocess.Popen[str] | None:
         """The same without the time that imports take, where that can be."""
         can_be = sys.platform == "linux" and not self.in_own_network and not options
-        return Miles(arguments, self.environment, cwd) if can_be else None
+        return preloaded.miles(arguments, self.environment, cwd) if can_be else None
 
     def __call__(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **options)

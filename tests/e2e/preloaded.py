@@ -1,10 +1,11 @@
-"""`miles` for tests that start it hundreds of times: forks of a process that has imported what a run imports.
+"""Programs that tests start hundreds of times, as forks of a process that has imported what they import.
 
-A command has a process of its own, a child of the test's, with nothing but its own environment, directory and
+A program has a process of its own, a child of the test's, with nothing but its own environment, directory and
 streams, as if it had been started. What a real start loads and costs is measured by `test_startup`.
 
-As a program, `preloaded.py FD MODULE...`: a message on the socket is JSON (words, directory, environment)
-with the descriptors of stdin, stdout and stderr; the answers are the id of the new process and its adoption.
+As a program, `preloaded.py FD MODULE...`: a message on the socket is JSON (program, words, directory,
+environment) with the descriptors of stdin, stdout and stderr; the answers are the id of the new process and
+its adoption.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ctypes
 import gc
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 REPOSITORY = Path(__file__).parents[2]
+MILES = REPOSITORY / "miles_cli" / "__main__.py"
 PLANS = ("miles_cli.commands.train", "miles.planning")
 RUNS = (*PLANS, "miles.orchestration.launch", "miles.training.native.trainer", "miles.rollout.native.engine")
 PR_SET_CHILD_SUBREAPER = 36
@@ -35,29 +38,37 @@ LIMIT = 1 << 17
 """Bytes of a message."""
 
 
-class Miles(subprocess.Popen[str]):
-    """`miles WORDS` with its output in pipes. Linux only: elsewhere nobody can adopt a grandchild."""
+class Preloaded(subprocess.Popen[str]):
+    """A Python program after these imports. Linux only: elsewhere nobody can adopt a grandchild."""
 
     def __init__(
-        self,
-        words: Sequence[str],
-        env: Mapping[str, str],
-        cwd: Path | None = None,
-        imported: Sequence[str] = RUNS,
+        self, imported: Sequence[str], program: Path, words: Sequence[str], env: Mapping[str, str], **how: Any
     ) -> None:
-        self.imported = tuple(imported)
-        pipe = subprocess.PIPE
-        super().__init__(
-            words, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
-        )
+        self._imported, self._program = tuple(imported), program
+        super().__init__(words, env=env, text=True, **how)
 
     def _execute_child(self, words: Any, *how: Any) -> None:  # type: ignore[override]
         directory, environment, pipes = how[4], how[5], how[9:15]
         stdin, _, _, stdout, _, stderr = pipes
-        call = {"words": words, "directory": str(directory or Path.cwd()), "environment": environment}
-        self.pid = _fork(_server(self.imported), json.dumps(call).encode(), (stdin, stdout, stderr))
+        call = {
+            "program": str(self._program),
+            "words": [str(word) for word in words],
+            "directory": str(directory or Path.cwd()),
+            "environment": dict(environment),
+        }
+        inherited = enumerate((stdin, stdout, stderr))
+        streams = tuple(number if stream == -1 else stream for number, stream in inherited)
+        self.pid = _fork(_server(self._imported), json.dumps(call).encode(), streams)
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+def miles(
+    words: Sequence[str], env: Mapping[str, str], cwd: Path | None = None, imported: Sequence[str] = RUNS
+) -> Preloaded:
+    """`miles WORDS` with its output in pipes."""
+    pipe = subprocess.PIPE
+    return Preloaded(imported, MILES, words, env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
 
 
 def _fork(server: socket.socket, call: bytes, streams: tuple[int, ...]) -> int:
@@ -77,14 +88,14 @@ def _server(imported: tuple[str, ...]) -> socket.socket:
     """The way to the process that has imported these; it ends when this one does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {**os.environ, "OMP_NUM_THREADS": THREADS, "PYTHONPATH": str(REPOSITORY)}
-    words = [sys.executable, __file__, str(theirs.fileno()), *imported]
+    words = [sys.executable, "-W", "ignore", __file__, str(theirs.fileno()), *imported]
     subprocess.Popen(words, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
     theirs.close()
     return ours
 
 
-def serve(channel: socket.socket) -> list[str] | None:
-    """Fork until nobody can ask any more: None. In a fork: the words of its command line."""
+def serve(channel: socket.socket) -> dict[str, Any] | None:
+    """Fork until nobody can ask any more: None. In a fork: what it was asked to run."""
     while True:
         message, streams, _, _ = socket.recv_fds(channel, LIMIT, 3)
         if not message:
@@ -94,7 +105,9 @@ def serve(channel: socket.socket) -> list[str] | None:
             child = os.fork()
             if child == 0:
                 channel.close()
-                return settle(json.loads(message), streams)
+                call: dict[str, Any] = json.loads(message)
+                settle(call, streams)
+                return call
             channel.send(str(child).encode())
             os._exit(0)
         for stream in streams:
@@ -103,8 +116,8 @@ def serve(channel: socket.socket) -> list[str] | None:
         channel.send(b"adopted")
 
 
-def settle(call: dict[str, Any], streams: Sequence[int]) -> list[str]:
-    """Take the streams, the directory and the environment of a command; its words."""
+def settle(call: Mapping[str, Any], streams: Sequence[int]) -> None:
+    """Take the streams, the directory, the environment and the words of a program."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -113,22 +126,22 @@ def settle(call: dict[str, Any], streams: Sequence[int]) -> list[str]:
     os.chdir(call["directory"])
     os.environ.clear()
     os.environ.update(call["environment"])
-    sys.path[0] = call["directory"]
-    return list(call["words"])
+    # As `python -m` and the paths of this environment would have it.
+    further = os.environ.get("PYTHONPATH")
+    sys.path[:1] = [call["directory"], *(further.split(os.pathsep) if further else ())]
+    sys.argv = [call["program"], *call["words"]]
 
 
-def run(words: Sequence[str]) -> int:
-    """The exit code of `miles WORDS`."""
-    from miles_cli import __main__, main
-
-    sys.argv = [__main__.__file__, *words]
+def run(program: str) -> int:
+    """Run it until its end; its exit code."""
     try:
-        main.main()
+        runpy.run_path(program, run_name="__main__")
     except SystemExit as ending:
         return int(ending.code or 0)
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
-    return 1
+        return 1
+    return 0
 
 
 def leave(code: int) -> None:
@@ -162,4 +175,4 @@ if __name__ == "__main__":
     gc.freeze()
     called = serve(socket.socket(fileno=int(sys.argv[1])))
     if called is not None:
-        leave(run(called))
+        leave(run(called["program"]))

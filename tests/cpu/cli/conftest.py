@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import preloaded
 import pytest
-from preloaded import PLANS, Miles
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 LEFT_OUT = ("OMP_", "NVTE_", "CUDA_")
@@ -33,7 +33,7 @@ def miles(environment: dict[str, str], tmp_path: Path) -> Run:
     """`miles WORDS` in an empty directory, without a terminal."""
 
     def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        process = Miles(words, environment | variables, tmp_path, imported=PLANS)
+        process = preloaded.miles(words, environment | variables, tmp_path, preloaded.PLANS)
         out, err = process.communicate(timeout=TIMEOUT_S)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 

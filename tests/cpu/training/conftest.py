@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from preloaded import Preloaded
 
 from miles.arch import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, MoeSpec, RopeSpec
 from miles.data.batch import TrainBatch
@@ -33,6 +34,9 @@ from miles.training.settings import TrainerSettings
 sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(1)
+
+
+IMPORTED = ("miles.training.native.trainer", "torch.distributed.fsdp")
 
 
 def make_spec(moe: bool = True) -> ArchSpec:
@@ -191,7 +195,7 @@ class TwoRanks:
 
     def __init__(self) -> None:
         self.pipes: list[Connection] = []
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Preloaded] = []
 
     def __call__(self, case: str, **arguments: Any) -> list[Any]:
         """The results of both ranks. An error of a rank is a pair (class name, message)."""
@@ -252,12 +256,8 @@ class TwoRanks:
     def _start_rank(self, rank: int) -> None:
         ours, theirs = Pipe()
         script = Path(__file__).with_name("rank_worker.py")
-        process = subprocess.Popen(
-            [sys.executable, str(script), str(theirs.fileno()), str(rank), "2"],
-            pass_fds=[theirs.fileno()],
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])},
-        )
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+        process = Preloaded(IMPORTED, script, ("0", str(rank), "2"), environment, stdin=theirs.fileno())
         theirs.close()
         self.pipes.append(ours)
         self.processes.append(process)

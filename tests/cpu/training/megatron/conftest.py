@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from e2e_support import PATIENCE_S
+from preloaded import Preloaded
 
 pytest.importorskip("megatron.core")
 
 
+IMPORTED = (
+    "miles.training.megatron.trainer",
+    "megatron.core.models.gpt",
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+)
 Cases = dict[str, tuple[str, dict[str, Any]]]
 
 
@@ -26,11 +33,11 @@ def run_world(size: int, directory: Path, cases: Cases) -> list[dict[str, Any]]:
     path = os.pathsep.join([os.getcwd(), *sys.path])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     processes = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(size), str(directory)], env=environment)
+        Preloaded(IMPORTED, script, (str(rank), str(size), str(directory)), environment)
         for rank in range(size)
     ]
     try:
-        assert [process.wait(300) for process in processes] == [0] * size
+        assert [process.wait(PATIENCE_S) for process in processes] == [0] * size
     finally:
         for process in processes:
             if process.poll() is None:
