@@ -17,6 +17,9 @@ from miles.algorithms.rejection import Rejection
 from miles.arch import ArchSpec
 from miles.arch.precision import NumberFormat, precision_policy
 from miles.data.batch import TrainBatch
+from miles.precision.weight_format import dequantised, quantised
+from miles.training.megatron.groups import open_groups
+from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.trainer import MegatronTrainer
 from miles.training.native.trainer import NativeTrainer
 from miles.training.settings import (
@@ -139,6 +142,44 @@ def test_an_int4_engine_samples_from_what_is_trained() -> None:
     int4 = NumberFormat("int4")
     both, engine_alone = (Pair(t, int4, make=MegatronTrainer).gap() for t in (int4, NumberFormat("fp32")))
     assert both < 2e-6 < 1e-3 < engine_alone
+
+
+class Grouped(torch.nn.Module):
+    """Holds and reads its weights as Transformer Engine's grouped experts do, which need a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number in range(2):
+            self.register_parameter(f"weight{number}", torch.nn.Parameter(torch.randn(6, 8)))
+
+    def forward(self, x: torch.Tensor, m_splits: list[int]) -> torch.Tensor:
+        weights = [getattr(self, f"weight{number}") for number in range(2)]
+        return torch.cat([part @ w.t() for part, w in zip(x.split(m_splits), weights, strict=True)])
+
+
+def test_grouped_experts_are_rounded_and_keep_their_parameters(spec: ArchSpec) -> None:
+    open_groups(MegatronLayout(), spec.num_layers)
+    from miles.training.megatron.places import Piece, Place
+    from miles.training.megatron.rounded_weights import fake_quantise
+
+    model = torch.nn.Module()
+    model.experts = experts = Grouped()
+    own = dict(experts.named_parameters())
+    found = [
+        Place(f"experts.weight{i}", (Piece(name, 0, 0, 6, lambda local: local),), True)
+        for i, name in enumerate(f"model.layers.1.mlp.experts.{4 + e}.down_proj.weight" for e in range(2))
+    ]
+    layers = fake_quantise(precision_policy(spec, "fp32", INT4, INT4), model, found)
+    assert [len(operands) for operands in layers.values()] == [2]
+    x, direction = torch.randn(5, 8), torch.randn(5, 6)
+    output = experts(x, [2, 3])
+    rounded = [dequantised(quantised(INT4, weight.detach())) for weight in own.values()]
+    assert torch.equal(output, torch.cat([x[:2] @ rounded[0].t(), x[2:] @ rounded[1].t()]))
+    (output * direction).sum().backward()
+    assert torch.equal(own["weight1"].grad, direction[2:].t() @ x[2:]), "the gradient of the identity"
+    with pytest.raises(RuntimeError):
+        experts(x, [1, 1])
+    assert all(experts.get_parameter(name) is weight for name, weight in own.items())
 
 
 def test_a_dense_model(dense_spec: ArchSpec, make_batch: Batches) -> None:
