@@ -86,7 +86,6 @@ class ExactCachedAttention:
         slots = torch.arange(self.num_sequences, device=lengths.device)
         self._rows = cache.rows(slots, lengths)
         self._mask = beyond_mask(lengths, self.num_keys, torch.float32).unsqueeze(1)
-        self._held: dict[int, tuple[_OverlappingRows, _OverlappingRows]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         cache, n, groups = self._cache, self.num_sequences, spec.num_heads // spec.num_kv_heads
@@ -101,14 +100,15 @@ class ExactCachedAttention:
         return out[:, :groups].reshape(n, spec.query_width).to(q.dtype)
 
     def _buffers(self, groups: int) -> tuple[_OverlappingRows, _OverlappingRows]:
-        """Queries and probabilities; all layers use the same."""
-        if groups not in self._held:
-            shape = (self.num_sequences, self._cache.num_kv_heads, groups)
-            self._held[groups] = (
-                _OverlappingRows(shape, self._cache.head_dim, self._min_queries, self._mask.device),
-                _OverlappingRows(shape, self.num_keys, self._min_queries, self._mask.device),
-            )
-        return self._held[groups]
+        """Queries and probabilities; all layers use the same, and the next steps as long as they fit."""
+        shape = (self.num_sequences, self._cache.num_kv_heads, groups)
+        least, device = self._min_queries, self._mask.device
+
+        def make() -> tuple[_OverlappingRows, _OverlappingRows]:
+            queries = _OverlappingRows(shape, self._cache.head_dim, least, device)
+            return queries, _OverlappingRows(shape, self.num_keys, least, device)
+
+        return self._cache.workspace((shape, self.num_keys, least), make)
 
 
 class _OverlappingRows:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 from miles.arch.spec import ArchSpec
 from miles.models.lazy_memory import give_back, lazy_zeros
+
+T = TypeVar("T")
 
 
 class KVCache:
@@ -32,9 +37,17 @@ class KVCache:
         self.values = self.keys if attention.latent else lazy_zeros(shape, dtype, device)
         self.num_slots, self.num_kv_heads, self.max_len = num_slots, attention.num_kv_heads, max_len
         self.head_dim = attention.cache_dim
+        self._workspace: tuple[object, Any] = (None, None)
         self._heads = torch.arange(self.num_kv_heads, device=device)
         self._key_rows = [layer.view(-1, self.head_dim) for layer in self.keys]
         self._value_rows = [layer.view(-1, self.head_dim) for layer in self.values]
+
+    def workspace(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` gives, kept until another key is asked for."""
+        if self._workspace[0] != key:
+            self._workspace = (key, make())
+        made: T = self._workspace[1]
+        return made
 
     @property
     def nbytes(self) -> int:

@@ -106,6 +106,10 @@ class Numerics(Protocol):
         """See `attention.CachedAttention`."""
         ...
 
+    def step_rows(self, count: int) -> int:
+        """Rows in which a step of `count` tokens is computed best: `count`, or more that nobody reads."""
+        ...
+
     def tree_attention(self, cache: KVCache, nodes: TreeNodes) -> Attention:
         """See `tree_attention.TreeAttention`."""
         ...
@@ -183,6 +187,9 @@ class FastNumerics:
 
     def cached_attention(self, cache: KVCache, lengths: Tensor) -> CachedAttention:
         return CachedAttention(cache, lengths)
+
+    def step_rows(self, count: int) -> int:
+        return count
 
     def tree_attention(self, cache: KVCache, nodes: TreeNodes) -> TreeAttention:
         return TreeAttention(cache, nodes)
@@ -279,6 +286,12 @@ class ExactNumerics:
 
     def cached_attention(self, cache: KVCache, lengths: Tensor) -> ExactCachedAttention:
         return ExactCachedAttention(cache, lengths, self.min_queries)
+
+    def step_rows(self, count: int) -> int:
+        """The fewest that every product takes without filling up; once for all products of a step."""
+        kinds = [blocks.alone for blocks in self.blocks.values()]
+        shared = (size for blocks in self.blocks.values() for size in blocks.sizes if size >= count)
+        return next((size for size in shared if all(size in alone for alone in kinds)), count)
 
     def tree_attention(self, cache: KVCache, nodes: TreeNodes) -> Attention:
         if nodes.is_chain:

@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from miles.models.invariant import mm
@@ -60,34 +59,45 @@ class RowBlocks:
 
 def blocked_product(x: Tensor, weight: Tensor, blocks: RowBlocks) -> Tensor:
     """x [T, K] @ weight [N, K]ᵀ -> [T, N] in x's dtype, rounded once, without autograd."""
-    rows, own = x.shape[0], blocks.dtype == x.dtype
-    if own and rows in blocks.alone:
+    if blocks.dtype != x.dtype:
+        return _cut_product(x.to(blocks.dtype), weight.to(blocks.dtype).t(), blocks).to(weight.dtype)
+    if x.shape[0] in blocks.alone:
         return mm(x, weight.t())
-    sizes = blocks.cut(rows)
-    held = sum(sizes)
-    if held > rows:
-        x = filled_up(x, held)
-    if own:
-        out = products(x, [weight.t()] * len(sizes), sizes)
-    else:
-        matrix = weight.to(blocks.dtype).t()
-        out = products(x.to(blocks.dtype), [matrix] * len(sizes), sizes).to(weight.dtype)
-    return out[:rows] if held > rows else out
+    return _cut_product(x, weight.t(), blocks)
+
+
+def _cut_product(x: Tensor, matrix: Tensor, blocks: RowBlocks) -> Tensor:
+    """x [T, K] @ matrix [K, N] block by block; only what the last block takes is filled up."""
+    rows, sizes = x.shape[0], blocks.cut(x.shape[0])
+    if not sizes:
+        return x.new_zeros(0, matrix.shape[1])
+    start = sum(sizes[:-1])
+    last = x[start:] if start else x
+    last = mm(filled_up(last, sizes[-1]) if sizes[-1] > rows - start else last, matrix)
+    if not start:
+        return last[:rows]
+    out = x.new_empty(rows, matrix.shape[1])
+    products(x[:start], [matrix] * len(sizes[:-1]), sizes[:-1], out[:start])
+    out[start:] = last[: rows - start]
+    return out
 
 
 def filled_up(x: Tensor, rows: int) -> Tensor:
-    """x [T, K] with rows behind it that nobody reads -> [rows, K]; copying its own first is the quickest."""
+    """x [T, …] and behind it rows that nobody reads -> [rows, …]; copying its own first is the quickest."""
     missing = rows - x.shape[0]
     if missing > x.shape[0]:
-        return F.pad(x, (0, 0, 0, missing))
+        return torch.cat((x, x.new_zeros(missing, *x.shape[1:])))
     return torch.cat((x, x[:missing]))
 
 
-def products(x: Tensor, matrices: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+def products(
+    x: Tensor, matrices: Sequence[Tensor], sizes: Sequence[int], out: Tensor | None = None
+) -> Tensor:
     """Consecutive blocks of x [sum(sizes), K], each times its matrix [K, N] -> [sum(sizes), N]."""
     if len(sizes) == 1:
-        return mm(x, matrices[0])
-    out = x.new_empty(x.shape[0], matrices[0].shape[1] if matrices else 0)
+        return mm(x, matrices[0], out)
+    if out is None:
+        out = x.new_empty(x.shape[0], matrices[0].shape[1] if matrices else 0)
     for block, matrix, place in zip(x.split(sizes), matrices, out.split(sizes), strict=True):
         mm(block, matrix, out=place)
     return out

@@ -35,7 +35,8 @@ def rescore(
         for position in range(prompt_length, len(tokens)):
             at = torch.tensor([position], device=runner.device)
             runner.decode(torch.tensor([tokens[position]], device=runner.device), at)
-    return joined(seen)
+    # A step may have been computed in more rows than the one of its token.
+    return joined({stage: [first, *(step[:1] for step in steps)] for stage, (first, *steps) in seen.items()})
 
 
 def _by_kernel(library: Path, decoder: Decoder, tokens: Sequence[int], prompt_length: int) -> Stages:

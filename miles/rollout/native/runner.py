@@ -16,9 +16,11 @@ from miles.arch.spec import ArchSpec
 from miles.models.attention import Attention
 from miles.models.decoder import Decoder, Taps
 from miles.models.eagle import DraftModel
+from miles.models.first_rows import FirstRows
 from miles.models.kv_cache import KVCache
 from miles.models.numerics import Numerics
 from miles.models.routing import Router
+from miles.models.row_blocks import filled_up
 from miles.models.tree_attention import TreeNodes
 
 
@@ -95,8 +97,15 @@ class Runner:
 
         Returns the logits after it [n, V] and its routes, int16 [n, Lm, k] (None for a dense model).
         """
-        states = self._forward(tokens, positions, self.numerics.cached_attention(self.cache, positions))
-        return self.logits(states.hidden), states.routes
+        count, attention = len(tokens), self.numerics.cached_attention(self.cache, positions)
+        rows = self.numerics.step_rows(count)
+        if rows == count:
+            states = self._forward(tokens, positions, attention)
+            return self.logits(states.hidden), states.routes
+        filled = FirstRows(attention, count)
+        states = self._forward(filled_up(tokens, rows), filled_up(positions, rows), filled)
+        routes = None if states.routes is None else states.routes[:count]
+        return self.logits(states.hidden)[:count], routes
 
     def read_nodes(self, tokens: torch.Tensor, nodes: TreeNodes) -> States:
         """Read the last token of each slot and guesses behind it, int64 [T]."""
