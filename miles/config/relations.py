@@ -143,6 +143,7 @@ EXCLUSIVE = (
         "algorithm.disable_rewards_normalization",
         "the function stands in place of the normalisation",
     ),
+    ("distillation.use_opd", "cluster.colocate", "a teacher stays on the trainer's GPUs"),
     ("rollout.num_rollout", "rollout.num_epoch", "each of them gives the length of the run"),
     ("rollout.one_step_ahead", "rollout.fully_async", "they are two different schedules"),
     (

@@ -161,6 +161,28 @@ def validate_reward_server(resolved: ResolvedConfig) -> Iterator[Conflict]:
         )
 
 
+def validate_teacher(resolved: ResolvedConfig) -> Iterator[Conflict]:
+    """A distillation has one kind of teacher, in the trainer's process or served."""
+    given, backend = resolved.config.distillation, resolved.config.training.backend
+    load, urls, kind = "opd_teacher_load", "opd_teacher_urls", given.opd_type
+    if not given.use_opd:
+        return
+    if (given.opd_teacher_load is None) == (not given.opd_teacher_urls):
+        yield Conflict(
+            ("distillation.use_opd", f"distillation.{load}", f"distillation.{urls}"),
+            "use_opd needs one teacher: opd_teacher_load or opd_teacher_urls",
+            "neither is set" if given.opd_teacher_load is None else "both are set",
+            "add --opd-teacher-load CHECKPOINT, or --opd-teacher-urls http://host:port",
+        )
+    elif kind is not None and kind != ("sglang" if given.opd_teacher_urls else backend):
+        yield Conflict(
+            ("distillation.opd_type", f"distillation.{urls if given.opd_teacher_urls else load}"),
+            f'opd_type = "{kind}" does not fit the teacher',
+            "a checkpoint is a teacher of the trainer's kind (native, megatron), an address one of sglang",
+            "leave --opd-type out",
+        )
+
+
 def validate_truncation(resolved: ResolvedConfig) -> Iterator[Conflict]:
     """Truncation has no lower bound."""
     low = "correction.tis_clip_low"
@@ -227,6 +249,7 @@ RULES: tuple[Rule, ...] = (
     validate_estimator,
     validate_custom_loss,
     validate_reward_server,
+    validate_teacher,
     validate_truncation,
     validate_dtype,
     validate_recompute,

@@ -27,6 +27,7 @@ ROW_FIELDS = (
     "advantages",
     "old_log_probs",
     "ref_log_probs",
+    "teacher_log_probs",
     "weight_versions",
 )
 SEQUENCE_FIELDS = ("rewards", "response_lengths", "sample_index", "group_index", "rollout_ids")
@@ -66,6 +67,8 @@ class TrainBatch:
     """float32 [T], log-probs of the targets under the policy before this optimizer step."""
     ref_log_probs: np.ndarray | None = None
     """float32 [T], log-probs of the targets under the reference model."""
+    teacher_log_probs: np.ndarray | None = None
+    """float32 [T], log-probs of the targets under the teacher of a distillation."""
     weight_versions: np.ndarray | None = None
     """int64 [T], version of the weights that sampled the target; -1 where not recorded."""
 
@@ -154,6 +157,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "advantages": np.float32,
     "old_log_probs": np.float32,
     "ref_log_probs": np.float32,
+    "teacher_log_probs": np.float32,
     "weight_versions": np.int64,
     "rewards": np.float32,
     "response_lengths": np.int32,

@@ -41,6 +41,7 @@ def algorithm_settings(config: RunConfig, plan: Plan) -> AlgorithmSettings:
         temperature=config.rollout.rollout_temperature or 1.0,
         max_response_len=plan.max_response_len,
         policy=_policy_loss(config),
+        opd_kl_coef=config.distillation.opd_kl_coef if config.distillation.use_opd else None,
         custom_loss=None if own_loss is None else custom_loss(own_loss, config),
         custom_advantages=None if own_advantages is None else custom_advantages(own_advantages, config),
         custom_reducer=None if own_reducer is None else custom_reducer(own_reducer, by_token),

@@ -23,6 +23,7 @@ def scorer_of(config: RunConfig, reward_key: str | None) -> RewardScorer:
         reward_key,
         args=config,
         rm_url=reward.rm_url,
+        taught=config.distillation.use_opd,
     )
 
 

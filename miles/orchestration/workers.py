@@ -26,6 +26,7 @@ from miles.orchestration.reward_shaping import Shaping
 from miles.orchestration.rollout_worker import CustomGeneration, RolloutWorker
 from miles.orchestration.run_model import read_weights
 from miles.orchestration.supervisor import Supervisor
+from miles.orchestration.teaching import teach
 from miles.orchestration.train_worker import AnyTrainer, TrainWorker
 from miles.orchestration.turns import NoTurns, Turns
 from miles.orchestration.weight_sync import WeightSync
@@ -71,6 +72,8 @@ def build_trainer(job: Job, spec: ArchSpec, parallel: DataParallel | None = None
     if settings.algorithm.needs_reference:
         reference = read_weights(Path(config.model.ref_load or source.directory), spec.policy)
         trainer.load_weights(reference, model="reference")
+    if config.distillation.opd_teacher_load is not None:
+        teach(trainer, Path(config.distillation.opd_teacher_load), source.directory)
     watch_gap(job, trainer, None)
     return TrainWorker(trainer, config.reward.reward_key)
 

@@ -527,6 +527,14 @@ METRICS: tuple[Metric, ...] = (
     ),
     _m("rollout/ref_log_probs", "mean reference log-prob of the sampled tokens", NATS, None, "drift"),
     _m(
+        "rollout/opd_reverse_kl",
+        "mean student minus teacher log-prob of the sampled tokens: KL(student || teacher)",
+        NATS,
+        None,
+        "on-policy distillation; falls as the student learns",
+    ),
+    _m("rollout/teacher_log_probs", "mean teacher log-prob of the sampled tokens", NATS, None, "the student"),
+    _m(
         "rollout/none_reward_ratio",
         "fraction of samples for which no reward could be computed",
         FRACTION,
@@ -566,6 +574,7 @@ METRICS: tuple[Metric, ...] = (
     _m(
         "perf/ref_log_probs_time", "time of the reference model's log-probs", SECONDS, None, "tokens per step"
     ),
+    _m("perf/teacher_log_probs_time", "time of the teacher's log-probs", SECONDS, None, "tokens per step"),
     _m("perf/update_weights_time", "time to bring new weights to the engine", SECONDS, None, "model size"),
     _m("perf/eval_time", "time of a held-out evaluation", SECONDS, None, "eval prompts and samples"),
     _m("perf/save_time", "time the step waited for a checkpoint", SECONDS, None, "model size, disk"),

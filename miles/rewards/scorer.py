@@ -91,11 +91,13 @@ def build_scorer(
     reward_key: str | None = None,
     args: Any = None,
     rm_url: str | None = None,
+    taught: bool = False,
     on_error: ErrorPolicy = "raise",
 ) -> RewardScorer:
     """The scorer of a run. A custom function wins over `rm_type`, which it may read from `args`.
 
-    `args` is what the custom function gets as its first argument: the run's configuration. Raises ConfigError
+    `args` is what the custom function gets as its first argument: the run's configuration. A run that is
+    `taught` needs neither: all rewards are 0 then. Raises ConfigError
     when neither is given or the name is unknown, HookError when the function cannot be loaded.
     """
     if custom_rm_path:
@@ -111,6 +113,8 @@ def build_scorer(
                 fix="add --custom-rm-path path/to/file.py:function, or take --group-rm away",
             )
         )
+    if not rm_type and taught:
+        return RewardScorer(no_reward, reward_key, source="no reward function: the teacher alone")
     if not rm_type:
         raise ConfigError(
             MilesError(
@@ -121,6 +125,11 @@ def build_scorer(
         )
     verifier = built_in_verifier(rm_type, rm_url)
     return RewardScorer(verifier, reward_key, rm_type not in WITHOUT_LABEL, f"--rm-type {rm_type}")
+
+
+async def no_reward(samples: Sequence[Sample]) -> list[Outcome]:
+    """0.0 for everybody: a teacher alone says what was good."""
+    return [0.0] * len(samples)
 
 
 def _unfinished(sample: Sample) -> RewardFailure:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from miles.algorithms.advantages import AdvantageRows, whiten
+from miles.algorithms.distillation import advised, reverse_kl
 from miles.algorithms.group_rewards import GroupRewards, choose_baseline, normalize_group_rewards
 from miles.algorithms.kl import approximate_kl
 from miles.algorithms.sequences import Sequences
@@ -37,10 +39,10 @@ def with_advantages(batch: TrainBatch, settings: AlgorithmSettings) -> tuple[Tra
         kl_coef=settings.kl_coef,
         gamma=settings.gamma,
     )
-    advantages_T = estimator.spread(rows)
+    advantages_T, advice = _advised(batch, estimator.spread(rows), settings)
     if settings.normalize_advantages or estimator.needs_whitening:
         advantages_T = whiten(advantages_T, mask_T)
-    metrics = {"rollout/rewards": normalized.values_N.mean().item()}
+    metrics = advice | {"rollout/rewards": normalized.values_N.mean().item()}
     if (batch.group_index >= 0).all():
         metrics["train/active_group_fraction"] = 1 - normalized.num_flat_groups / normalized.num_groups
     return batch.with_rows(advantages=advantages_T.numpy()), metrics
@@ -49,10 +51,31 @@ def with_advantages(batch: TrainBatch, settings: AlgorithmSettings) -> tuple[Tra
 def _with_own_advantages(
     batch: TrainBatch, settings: AlgorithmSettings, advantages_of: CustomAdvantages
 ) -> tuple[TrainBatch, dict[str, float]]:
-    advantages = np.where(batch.loss_mask > 0, advantages_of(batch), np.float32(0)).astype(np.float32)
+    mask_T = torch.from_numpy(batch.loss_mask)
+    own_T = torch.from_numpy(advantages_of(batch)).masked_fill(mask_T == 0, 0.0)
+    advantages_T, advice = _advised(batch, own_T, settings)
     if settings.normalize_advantages:
-        advantages = whiten(torch.from_numpy(advantages), torch.from_numpy(batch.loss_mask)).numpy()
-    return batch.with_rows(advantages=advantages), {}
+        advantages_T = whiten(advantages_T, mask_T)
+    return batch.with_rows(advantages=advantages_T.numpy()), advice
+
+
+def _advised(
+    batch: TrainBatch, advantages_T: Tensor, settings: AlgorithmSettings
+) -> tuple[Tensor, dict[str, float]]:
+    """Advantages with a teacher's advice, where there is one, and how far the student is from it."""
+    if settings.opd_kl_coef is None:
+        return advantages_T, {}
+    student = batch.rollout_log_probs if settings.use_rollout_logprobs else batch.old_log_probs
+    assert student is not None and batch.teacher_log_probs is not None, "a teacher's advice needs both"
+    mask_T, teacher_T = torch.from_numpy(batch.loss_mask), torch.from_numpy(batch.teacher_log_probs)
+    kl_T = reverse_kl(torch.from_numpy(student), teacher_T, mask_T)
+    count = mask_T.count_nonzero().clamp_min(1)
+    trained_T = teacher_T[mask_T > 0]
+    metrics = {
+        "rollout/opd_reverse_kl": (kl_T.sum() / count).item(),
+        "rollout/teacher_log_probs": trained_T.mean().item(),
+    }
+    return advised(advantages_T, kl_T, settings.opd_kl_coef), metrics
 
 
 def distinct_rollouts(batch: TrainBatch) -> np.ndarray:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from miles.arch.spec import ArchSpec
 from miles.data.batch import TrainBatch
+from miles.errors import RunError
 from miles.training.batch_advantages import with_advantages
 from miles.training.native.batch_checks import require_rollout_log_probs, validate_batch
 from miles.training.native.measurements import DISPATCHED, PassMeasurements
@@ -24,6 +25,7 @@ from miles.training.native.ranks import Ranks
 from miles.training.native.state import TrainerState
 from miles.training.native.update import Update
 from miles.training.settings import TrainerSettings
+from miles.training.teacher import Teacher
 from miles.training.trainer import LogProbs, ModelRole, TrainResult
 from miles.weights.hf import TORCH_DTYPES, read_hf, write_hf
 from miles.weights.native_map import without_spare_mtp
@@ -41,6 +43,7 @@ class RolloutTrainer(ABC):
     ranks: Ranks
     dtype: torch.dtype
     source_dir: Path | None
+    teacher: Teacher | None = None
     _reference_is_own: bool = False
     """Whether the reference is the policy of an earlier step, and belongs in a checkpoint."""
 
@@ -153,6 +156,9 @@ class RolloutTrainer(ABC):
         if batch.ref_log_probs is None and algorithm.needs_reference:
             batch, more = self._with_log_probs(batch, "reference", "ref_log_probs")
             metrics |= more
+        if batch.teacher_log_probs is None and algorithm.opd_kl_coef is not None:
+            batch, more = self._with_teacher(batch)
+            metrics |= more
         if batch.advantages is None:
             batch, more = with_advantages(batch, algorithm)
             metrics |= more
@@ -186,6 +192,14 @@ class RolloutTrainer(ABC):
         if DISPATCHED in agreement:
             metrics["route/ref_dispatched_flip_frac"] = agreement[DISPATCHED]
         return metrics
+
+    def _with_teacher(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
+        if self.teacher is None:
+            raise RunError("no teacher was loaded", fix="set distillation.opd_teacher_load")
+        started = time.perf_counter()
+        log_probs = self.teacher.log_probs(batch)
+        seconds = time.perf_counter() - started
+        return batch.with_rows(teacher_log_probs=log_probs), {"perf/teacher_log_probs_time": seconds}
 
     def _with_log_probs(
         self, batch: TrainBatch, model: ModelRole, name: str

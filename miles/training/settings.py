@@ -76,6 +76,8 @@ class AlgorithmSettings:
     temperature: float = 1.0
     max_response_len: int | None = None
     policy: PolicyLossSettings = field(default_factory=PolicyLossSettings)
+    opd_kl_coef: float | None = None
+    """Weight of the reverse KL to a teacher in the advantages; None: there is no teacher."""
     custom_loss: CustomLoss | None = None
     custom_advantages: CustomAdvantages | None = None
     custom_reducer: CustomReducer | None = None
@@ -158,8 +160,10 @@ class TrainerSettings:
 
         With one optimizer step per rollout the old policy is the one being differentiated, and the training
         forward gives them; unless something reads those of the whole step: advantages (a KL penalty in the
-        reward), or importance weights of mean 1.
+        reward, a teacher), or importance weights of mean 1.
         """
+        if self.algorithm.opd_kl_coef is not None and not self.algorithm.use_rollout_logprobs:
+            return True
         if self.algorithm.kl_coef != 0 or self.algorithm.policy.normalizes_weights:
             return True
         return self.num_steps_per_rollout > 1 and not self.algorithm.use_rollout_logprobs

@@ -257,7 +257,8 @@ def prompts_too_long(subject: Subject) -> Iterator[Found]:
 )
 def reward_unset(subject: Subject) -> Iterator[Found]:
     reward = subject.config.reward
-    if subject.config.algorithm.loss_type != "sft_loss" and not (reward.rm_type or reward.custom_rm_path):
+    needed = subject.config.algorithm.loss_type != "sft_loss" and not subject.config.distillation.use_opd
+    if needed and not (reward.rm_type or reward.custom_rm_path):
         yield Found("rm_type and custom_rm_path are both unset", "reward.rm_type")
 
 

@@ -11,7 +11,7 @@ those of the native trainer up to the order of floating-point sums.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +44,7 @@ from miles.training.native.state import TrainerState
 from miles.training.native.update import Update
 from miles.training.rollout_trainer import RolloutTrainer
 from miles.training.settings import TrainerSettings
+from miles.training.teacher import Teacher
 from miles.training.trainer import LogProbs, ModelRole
 from miles.weights.native_map import to_published
 
@@ -133,6 +134,31 @@ class MegatronTrainer(RolloutTrainer):
         MegatronTensors(self.spec.policy, self._reference.bare, self.device).load(
             tensors, where="reference weights"
         )
+
+    def load_teacher(self, spec: ArchSpec, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """A frozen model beside the policy, cut like it, from tensors under its published names."""
+        from miles.training.megatron.chunks import built
+        from miles.training.megatron.passes import Pass, PassSettings
+        from miles.training.megatron.tensors import MegatronTensors
+
+        require_expressible(spec, self.layout.implementation)
+        chunks = built(spec, self.layout, self.settings, self.dtype, self.device)
+        MegatronTensors(spec, chunks.bare, self.device).load(tensors, where="teacher weights")
+        settings = PassSettings(
+            replay=False,
+            measure=False,
+            temperature=self.settings.algorithm.temperature,
+            with_entropy=False,
+            chunk_tokens=self.settings.log_probs_chunk_size,
+        )
+
+        def read(micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+            return [output.log_probs_R for output in Pass(chunks, settings, None).run(micro_batches)]
+
+        def cut(batch: TrainBatch, indices_N: np.ndarray) -> list[MicroBatch]:
+            return self._filled(cut_micro_batches(batch, indices_N, self.settings, self.device, self.ranks))
+
+        self.teacher = Teacher(spec, cut, read, self.ranks)
 
     def init_weights(self, seed: int) -> None:
         """Random weights, those of the native trainer, the same for any layout."""

@@ -12,7 +12,7 @@ floating-point sums, except for the load-balancing loss, which is a mean over mi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from miles.errors import RunError
 from miles.models.decoder import Decoder
 from miles.models.mtp import MtpDraft
 from miles.models.numerics import FAST, Numerics
+from miles.models.routing import Router
 from miles.training.knobs import Knobs
 from miles.training.native.batch_checks import validate_batch
 from miles.training.native.checkpoint import TrainerTensors, load_checkpoint, save_checkpoint
@@ -33,7 +34,7 @@ from miles.training.native.draft import DraftTraining
 from miles.training.native.forward import forward, make_router
 from miles.training.native.gap_watch import GapWatch
 from miles.training.native.measurements import PassMeasurements
-from miles.training.native.micro_batches import cut_micro_batches, trained_sequences
+from miles.training.native.micro_batches import MicroBatch, cut_micro_batches, trained_sequences
 from miles.training.native.optimizer import MasterAdamW
 from miles.training.native.probe import gap_without_replay
 from miles.training.native.ranks import OneRank, Ranks
@@ -44,6 +45,7 @@ from miles.training.native.tensor_layout import TensorLayout, WholeTensors
 from miles.training.native.update import OptimizerStep, Update
 from miles.training.rollout_trainer import RolloutTrainer
 from miles.training.settings import TrainerSettings
+from miles.training.teacher import Teacher
 from miles.training.trainer import LogProbs, ModelRole
 from miles.weights.low_precision import fake_quantise
 from miles.weights.native_map import joint, to_published
@@ -117,6 +119,26 @@ class NativeTrainer(RolloutTrainer):
                 fake_quantise(self.settings.precision, self.reference)
         native = dict(self.reference.named_parameters())
         self.layout.load(self.spec.policy, native, tensors, where="reference weights")
+
+    def load_teacher(self, spec: ArchSpec, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """A frozen model of any family beside the policy, from tensors under its published names."""
+        decoder = self.layout.make_decoder(spec, self.dtype).requires_grad_(False)
+        self.layout.load(spec, dict(decoder.named_parameters()), tensors, where="teacher weights")
+        temperature, chunk = self.settings.algorithm.temperature, self.settings.log_probs_chunk_size
+
+        @torch.no_grad()
+        def read(micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+            return [
+                forward(
+                    decoder, each, Router(), temperature, with_entropy=False, chunk_tokens=chunk
+                ).log_probs_R
+                for each in micro_batches
+            ]
+
+        def cut(batch: TrainBatch, indices_N: np.ndarray) -> list[MicroBatch]:
+            return cut_micro_batches(batch, indices_N, self.settings, self.device, self.ranks)
+
+        self.teacher = Teacher(spec, cut, read, self.ranks)
 
     def init_weights(self, seed: int) -> None:
         """Random weights, the same for any number of ranks."""

@@ -34,6 +34,7 @@ def make(
     dtype: str = "float32",
     reference_seed: int | None = None,
     load: Path | None = None,
+    teacher: ArchSpec | None = None,
 ) -> NativeTrainer:
     trainer = NativeTrainer(spec, settings, dtype=getattr(torch, dtype), parallel=parallel)
     trainer.init_weights(0)
@@ -41,6 +42,10 @@ def make(
         other = NativeTrainer(spec, settings, dtype=getattr(torch, dtype))
         other.init_weights(reference_seed)
         trainer.load_weights(other.named_weights(), "reference")
+    if teacher is not None:
+        model = NativeTrainer(teacher, settings)
+        model.init_weights(9)
+        trainer.load_teacher(teacher, model.named_weights())
     if load is not None:
         trainer.load(load)
     return trainer

@@ -95,6 +95,14 @@ def test_two_ranks_equal_one_over_five_steps(way, spec, two_ranks, five) -> None
     assert one[0][0].metrics["train/grad_norm"] > 0.01
 
 
+def test_a_teacher_advises_both_ranks_as_one(spec, dense_spec, two_ranks, five) -> None:
+    settings = replace(PLAIN, algorithm=AlgorithmSettings(opd_kl_coef=0.5), micro_batch_size=3)
+    how = {"spec": spec, "batches": five(spec)[:2], "settings": settings, "teacher": dense_spec}
+    one = two_ranks.alone("train", **how)
+    assert_equal(two_ranks("train", **how), one)
+    assert one[0][0].metrics["rollout/opd_reverse_kl"] != 0
+
+
 def test_a_dense_model_too(dense_spec, two_ranks, five) -> None:
     how = {"spec": dense_spec, "batches": five(dense_spec), "settings": PLAIN}
     assert_equal(two_ranks("train", **how), two_ranks.alone("train", **how))

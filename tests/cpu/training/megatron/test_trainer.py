@@ -314,3 +314,17 @@ def test_an_earlier_policy_as_the_reference_survives_a_checkpoint(
     np.testing.assert_allclose(
         resumed.log_probs(make_batch(spec), "reference").log_probs, expected, atol=1e-3
     )
+
+
+def test_a_teacher_advises_as_beside_the_native_trainer(
+    spec: ArchSpec, dense_spec: ArchSpec, make_batch: Batches
+) -> None:
+    native, megatron = pair(spec, replace(SETTINGS, algorithm=AlgorithmSettings(opd_kl_coef=0.5)))
+    model = NativeTrainer(dense_spec, SETTINGS)
+    model.init_weights(9)
+    for trainer in (native, megatron):
+        trainer.load_teacher(dense_spec, model.named_weights())
+    batch = make_batch(spec, noise=0.3)
+    ours, theirs = megatron.train_step(batch).metrics, native.train_step(batch).metrics
+    assert_same_metrics(ours, theirs)
+    assert ours["rollout/opd_reverse_kl"] != 0
