@@ -40,7 +40,11 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         f"{count(plan.optimizer_steps, 'step')} of {batch.global_batch_size} samples · "
         f"{_micro_batches(plan)} · routing replay {'on' if plan.routing_replay else 'off'}",
     )
-    if plan.numerics == "exact":
+    if plan.numerics == "exact" and plan.train_kernel is not None and plan.train_kernel.kernel == "fused":
+        yield line(
+            "numerics", "exact, trainer and engine bit for bit alike: both call the same compiled functions"
+        )
+    elif plan.numerics == "exact":
         yield line(
             "numerics", "exact, trainer and engine bit for bit alike; found at start-up, cheapest first:"
         )

@@ -17,6 +17,7 @@ from miles.data.rows import parse_data_path
 from miles.data.source import PromptSource, SourceSettings
 from miles.data.tasks import is_builtin, resolve_builtin
 from miles.data.tokenizer import CheckpointTokenizer
+from miles.models.compiled.exact import CompiledExactNumerics
 from miles.models.compiled.library import Library
 from miles.models.compiled.numerics import CompiledNumerics
 from miles.models.invariance import find_exact_numerics
@@ -147,19 +148,23 @@ def _gpu_options(config: RunConfig) -> MegatronOptions:
 
 
 def numerics(plan: Plan, spec: ArchSpec) -> Numerics:
-    """How both sides compute. Exact numerics are measured on this machine, once per process.
+    """How both sides compute. Exact numerics that are not compiled are measured on this machine, once per
+    process.
 
     Raises PreflightRefused where there are none. Call it with torch's threads as the run has them.
     """
+    library = train_library(plan)
+    if library is not None:
+        return _compiled_numerics(library, plan.numerics)
     if plan.numerics == "fast":
-        library = train_library(plan)
-        return FAST if library is None else _compiled_numerics(library)
+        return FAST
     return _exact_numerics(spec, plan.dtype, plan.device, torch.get_num_threads())
 
 
 @cache
-def _compiled_numerics(library: Path) -> Numerics:
-    return CompiledNumerics(Library(library))
+def _compiled_numerics(library: Path, mode: str) -> Numerics:
+    made = CompiledExactNumerics if mode == "exact" else CompiledNumerics
+    return made(Library(library))
 
 
 @cache

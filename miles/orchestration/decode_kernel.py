@@ -1,4 +1,6 @@
-"""The kernels of a plan, compiled. A compiler that fails never stops a run: torch computes instead."""
+"""The kernels of a plan, compiled. A compiler that fails never stops a run: torch computes instead. With
+exact numerics it does so on both sides, and a worker for which it fails alone is refused.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,9 @@ def settle(plan: Plan, observer: Observer) -> Plan:
     train = _settled(plan.train_kernel, training.library, observer)
     if (decode, train) == (plan.decode, plan.train_kernel):
         return plan
+    if plan.numerics == "exact":
+        assert decode is not None and train is not None, "exact kernels come in pairs"
+        decode = train = train if train.compiler is None else decode
     return replace(plan, decode=decode, train_kernel=train)
 
 
@@ -40,20 +45,22 @@ def _settled(kernel: KernelPlan | None, build: Build, observer: Observer) -> Ker
 
 def decode_library(plan: Plan) -> Path | None:
     """The compiled kernel on the machine of this worker; None: torch decodes."""
-    return _found(plan.decode, decoding.library, "decodes")
+    return _found(plan, plan.decode, decoding.library, "decodes")
 
 
 def train_library(plan: Plan) -> Path | None:
     """The same for training; None: torch trains."""
-    return _found(plan.train_kernel, training.library, "trains")
+    return _found(plan, plan.train_kernel, training.library, "trains")
 
 
-def _found(kernel: KernelPlan | None, build: Build, does: str) -> Path | None:
+def _found(plan: Plan, kernel: KernelPlan | None, build: Build, does: str) -> Path | None:
     if kernel is None or kernel.compiler is None:
         return None
     try:
         return build(kernel.compiler)
     except BuildFailed as failure:
+        if plan.numerics == "exact":
+            raise
         # Only on another machine than the driver's; its worker log is where it shows.
         print(f"torch {does} here: {failure}", file=sys.stderr)
         return None

@@ -26,6 +26,7 @@ from miles.models.logprob import token_log_probs
 from miles.orchestration import assemble, workers
 from miles.orchestration.capsule import Capsule, read_capsule
 from miles.orchestration.continuation import plan_continuation
+from miles.orchestration.decode_kernel import decode_library
 from miles.planning import Plan
 from miles.rollout.native.engine import NativeEngine
 from miles.training.native.forward import forward, make_router
@@ -139,7 +140,9 @@ def _trainer(resolved: ResolvedConfig, plan: Plan, spec: ArchSpec, capsule: Caps
 def _engine(
     resolved: ResolvedConfig, plan: Plan, spec: ArchSpec, trainer: NativeTrainer, perturb: str | None
 ) -> NativeEngine:
-    settings = assemble.engine_settings(resolved.config, plan, assemble.numerics(plan, spec))
+    # Fast numerics promise no bits: their engine reads again in torch, where its stages are at hand.
+    library = decode_library(plan) if plan.numerics == "exact" else None
+    settings = assemble.engine_settings(resolved.config, plan, assemble.numerics(plan, spec), library)
     engine = NativeEngine(spec, settings)
     weights = dict(trainer.named_weights())
     if perturb is not None:

@@ -36,12 +36,13 @@ class EngineKind:
     """What the choice depends on. `computed`: the number format of the engine's arithmetic."""
 
     device: str
-    numerics: str
     computed: str | None
     threads: int
     spec: ArchSpec | None
     guesses: bool
     """Speculative decoding."""
+    exact_obstacle: str | None = None
+    """What keeps exact numerics in torch, see `exact_kernels`; None where nothing does, and for fast ones."""
 
 
 def plan_decode(wanted: str, engine: EngineKind, compiler: CompilerFacts | None) -> KernelPlan:
@@ -58,8 +59,8 @@ def obstacles(engine: EngineKind, compiler: CompilerFacts | None) -> Iterator[st
     """Why the kernel cannot be used, if it cannot."""
     if engine.device != "cpu":
         yield f"the engine is on {engine.device}"
-    if engine.numerics != "fast":
-        yield f"{engine.numerics} numerics"
+    if engine.exact_obstacle is not None:
+        yield engine.exact_obstacle
     if engine.computed != COMPUTED:
         yield f"the engine computes in {engine.computed}"
     if engine.threads > 1:

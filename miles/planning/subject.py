@@ -16,6 +16,7 @@ from miles.planning.capabilities import Part, capabilities
 from miles.planning.checkpoints import CheckpointPlan, plan_checkpoints
 from miles.planning.decode_kernel import EngineKind, KernelPlan, plan_decode
 from miles.planning.engine_limits import EngineLimits, plan_engine_limits
+from miles.planning.exact_kernels import exact_obstacles
 from miles.planning.facts import Facts
 from miles.planning.formats import Format
 from miles.planning.hardware import Hardware
@@ -198,9 +199,23 @@ class Subject:
         alignment = self.config.alignment
         return alignment.numerics or ("exact" if alignment.true_on_policy_mode else "fast")
 
+    @cached_property
+    def exact_obstacle(self) -> str | None:
+        """What keeps exact numerics in torch; None where they are compiled, and for fast ones."""
+        if self.numerics == "fast":
+            return None
+        engine, compiler = self._engine_kind, self.facts.machine.compiler
+        trainer = self._trainer_of(engine)
+        return next(exact_obstacles(self.config, engine, trainer, self.precision, compiler), None)
+
     @property
     def engine_kind(self) -> EngineKind:
-        """What decides which kernel decodes; quantised weights are multiplied as plain numbers in `dtype`,
+        """What decides which kernel decodes."""
+        return replace(self._engine_kind, exact_obstacle=self.exact_obstacle)
+
+    @property
+    def _engine_kind(self) -> EngineKind:
+        """With fast numerics; quantised weights are multiplied as plain numbers in `dtype`,
         unless their format rounds activations too."""
         policy = self.precision
         stored: str | None = policy.rollout.name if policy else self.dtype
@@ -208,7 +223,7 @@ class Subject:
             stored = self.dtype
         device = "cuda" if self.on_gpus else "cpu"
         guesses = self.config.sglang.speculative_algorithm is not None
-        return EngineKind(device, self.numerics, stored, self.threads.count, self.spec, guesses)
+        return EngineKind(device, stored, self.threads.count, self.spec, guesses)
 
     @property
     def decode(self) -> KernelPlan | None:
@@ -221,7 +236,10 @@ class Subject:
     @property
     def trainer_kind(self) -> EngineKind:
         """What decides which kernel trains."""
-        return replace(self.engine_kind, computed=self.dtype, guesses=False)
+        return self._trainer_of(self.engine_kind)
+
+    def _trainer_of(self, engine: EngineKind) -> EngineKind:
+        return replace(engine, computed=self.dtype, guesses=False)
 
     @property
     def train_kernel(self) -> KernelPlan | None:

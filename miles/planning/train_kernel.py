@@ -1,5 +1,6 @@
 """What computes the hot parts of a training step in the native trainer: the kernel that is compiled on this
-machine, or torch. It computes attention of short sequences, narrow experts and norms; torch does the rest.
+machine, or torch. With fast numerics it computes attention of short sequences, narrow experts and norms, and
+torch the rest; with exact ones every forward.
 
 The two round differently, so a run with one is not repeated bit for bit by a run with the other.
 """
@@ -27,8 +28,8 @@ def obstacles(trainer: EngineKind, compiler: CompilerFacts | None) -> Iterator[s
     """Why the kernel cannot be used, if it cannot."""
     if trainer.device != "cpu":
         yield f"the trainer is on {trainer.device}"
-    if trainer.numerics != "fast":
-        yield f"{trainer.numerics} numerics"
+    if trainer.exact_obstacle is not None:
+        yield trainer.exact_obstacle
     if trainer.computed != COMPUTED:
         yield f"the trainer computes in {trainer.computed}"
     if trainer.threads > 1:

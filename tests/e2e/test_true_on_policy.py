@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from e2e_support import SMALL, Cli
 
+from miles.planning.facts.compiler import read_compiler
 from miles.record import RunReader
 
 pytestmark = pytest.mark.slow
@@ -20,9 +21,17 @@ ZERO = (
 )
 
 
-@pytest.mark.parametrize(("dtype", "steps"), [("fp32", 100), ("bf16", 12)])
-def test_every_step_of_a_run_is_exactly_on_policy(dtype: str, steps: int, cli: Cli) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "steps", "flags"),
+    [("fp32", 100, ()), ("fp32", 12, ("--decode-kernel", "torch")), ("bf16", 12, ())],
+    ids=["fp32", "fp32 in torch", "bf16"],
+)
+def test_every_step_of_a_run_is_exactly_on_policy(
+    dtype: str, steps: int, flags: tuple[str, ...], cli: Cli
+) -> None:
+    compiled = read_compiler() is not None and not flags
     run = ("--num-rollout", str(steps), "--save-interval", "50", "--true-on-policy-mode", "--dtype", dtype)
+    run += flags
     done = cli("train", *SMALL, *run)
     assert done.returncode == 0, done.stderr
     reader = RunReader(cli.only_run())
@@ -31,7 +40,8 @@ def test_every_step_of_a_run_is_exactly_on_policy(dtype: str, steps: int, cli: C
     assert any(value > 0 for value in reader.series("train/grad_norm").values)
     assert not [alert for alert in reader.alerts() if alert["rule"] == "MM9"]
     (told,) = reader.history.of_kind("numerics")
-    assert told["numerics"] == "exact" and {"rows", "experts", "attention"} <= told.keys()
+    assert told["numerics"] == "exact" and {"experts", "attention"} <= told.keys()
+    assert ("compiled" in told["rows"]) == (compiled and dtype == "fp32")
 
 
 def test_an_engine_with_other_weights_is_an_alarm(cli: Cli) -> None:

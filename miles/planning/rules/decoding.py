@@ -15,7 +15,7 @@ from miles.planning.train_kernel import obstacles as training_obstacles
     "KRN1",
     Severity.ERROR,
     title="the fused decode kernel cannot be used",
-    cause="it is compiled where the engine runs, and computes in fast fp32 on one CPU thread",
+    cause="it is compiled where the engine runs, and computes in fp32 on one CPU thread",
     fix="leave --decode-kernel out: torch decodes where the kernel cannot",
     local=True,
 )
@@ -29,7 +29,7 @@ def fused_impossible(subject: Subject) -> Iterator[Found]:
     "KRN2",
     Severity.ERROR,
     title="the fused training kernel cannot be used",
-    cause="it is compiled where the trainer runs, and computes in fast fp32 on one CPU thread",
+    cause="it is compiled where the trainer runs, and computes in fp32 on one CPU thread",
     fix="leave --train-kernel out: torch trains where the kernel cannot",
     local=True,
 )

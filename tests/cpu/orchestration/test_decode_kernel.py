@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from miles.config import resolve
+from miles.models.compiled.build import BuildFailed
 from miles.orchestration.decode_kernel import decode_library, settle, train_library
 from miles.orchestration.observer import SilentObserver
 from miles.planning import Plan, collect_facts, make_plan
 from miles.planning.decode_kernel import KernelPlan
+from miles.rollout.native.fused import build as decoding
 
 
 class Listener(SilentObserver):
@@ -60,3 +62,14 @@ def test_a_plan_with_torch_is_left_alone(plan: Plan) -> None:
     torch_plan = replace(plan, decode=in_torch, train_kernel=in_torch)
     assert settle(torch_plan, SilentObserver()) is torch_plan
     assert decode_library(torch_plan) is None
+
+
+def test_exact_sides_fall_back_together(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel compiles and the other does not: neither is used, and a worker does not go on alone."""
+    exact = replace(plan, numerics="exact")
+    monkeypatch.setattr(decoding, "library", lambda compiler: Path("decode.so"))
+    settled = settle(exact, SilentObserver())
+    assert settled.decode == settled.train_kernel
+    assert settled.decode is not None and settled.decode.kernel == "torch"
+    with pytest.raises(BuildFailed):
+        train_library(exact)

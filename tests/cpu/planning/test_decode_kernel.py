@@ -35,8 +35,7 @@ def test_a_machine_with_a_compiler_takes_the_kernel(plan: Callable[..., Plan]) -
     ("flags", "reason"),
     [
         ("--decode-kernel torch", "engine.decode_kernel"),
-        ("--true-on-policy-mode", "exact numerics"),
-        ("--numerics exact", "exact numerics"),
+        ("--true-on-policy-mode --dtype bf16", "the engine computes in bf16"),
         ("--dtype bf16", "the engine computes in bf16"),
         ("--rollout-format bf16", "the engine computes in bf16"),
         ("--threads 2", "2 threads, the kernel has one"),

@@ -36,7 +36,6 @@ def test_a_machine_with_a_compiler_takes_the_kernel(plan: Callable[..., Plan]) -
     ("flags", "reason"),
     [
         ("--train-kernel torch", "training.train_kernel"),
-        ("--numerics exact", "exact numerics"),
         ("--dtype bf16", "the trainer computes in bf16"),
         ("--threads 2", "2 threads, the kernel has one"),
     ],
