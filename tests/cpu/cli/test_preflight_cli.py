@@ -78,7 +78,7 @@ def test_the_profile_itself_passes_and_says_that_it_is_wired_only(miles: Miles) 
 
 
 def test_the_arithmetic_of_a_refused_run_is_shown(miles: Miles) -> None:
-    done = miles(*PLAN, "16xH100", "--rm-type", "gpqa")
+    done = miles(*PLAN, "16xH100", "--attention-dropout", "0.1")
     assert done.returncode == 3
     assert "2 nodes of 8 H100 (79.6 GiB each)" in done.stdout
     assert "TP 1 x PP 4 x CP 1 x DP 4 · experts EP 4 x ETP 1 x DP 1" in done.stdout

@@ -129,7 +129,7 @@ def test_a_checkpoint_without_a_known_name_cannot_be_planned() -> None:
 
 
 def test_the_refusal_carries_the_outline_through_pickling() -> None:
-    run = subject("--rm-type gpqa")
+    run = subject("--attention-dropout 0.1")
     with pytest.raises(PlanRefused) as caught:
         make_plan(run.resolved, run.facts)
     copy = pickle.loads(pickle.dumps(caught.value))
