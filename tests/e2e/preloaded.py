@@ -45,7 +45,7 @@ class Preloaded(subprocess.Popen[str]):
         self, imported: Sequence[str], program: Path, words: Sequence[str], env: Mapping[str, str], **how: Any
     ) -> None:
         self._imported, self._program = tuple(imported), program
-        super().__init__(words, env=env, text=True, **how)
+        super().__init__(words, env=env, text=True, **{"stdin": subprocess.DEVNULL, **how})
 
     def _execute_child(self, words: Any, *how: Any) -> None:  # type: ignore[override]
         directory, environment, pipes = how[4], how[5], how[9:15]
