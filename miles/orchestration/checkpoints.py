@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from miles.errors import CheckpointError
 from miles.weights.file_manifest import STEP_MANIFEST, crc32_of, file_manifest
@@ -36,6 +38,14 @@ class LoopState:
     """Live settings of the engine's side that were changed, by dotted key."""
 
 
+@dataclass(frozen=True)
+class Partial:
+    """A checkpoint that has no name yet."""
+
+    step: int
+    path: Path
+
+
 class CheckpointStore:
     """The checkpoints of one run."""
 
@@ -48,29 +58,51 @@ class CheckpointStore:
 
         Raises: CheckpointError when the disk refuses (full, read-only), after removing the partial write.
         """
-        target = self.root / f"step-{state.step:06d}"
-        partial = self.root / f".partial-{target.name}"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            await write(partial)
-            _write_json(partial / "loop_state.json", asdict(state))
-            _write_json(partial / STEP_MANIFEST, file_manifest(partial))
-            _sync_tree(partial)
+        return self.complete(await self.begin(state, write))
+
+    async def begin(self, state: LoopState, write: Callable[[Path], Awaitable[None]]) -> Partial:
+        """The part of `save` after which `write` may still be going on. What others left behind is removed:
+        the temporary directory has a name of its own, since a writer may outlive a run that was killed.
+        """
+        for left in self.root.glob(".partial-step-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        partial = Partial(state.step, self.root / f".partial-{_name(state.step)}-{uuid4().hex[:8]}")
+        with self._undone_when_refused(partial):
+            partial.path.mkdir(parents=True)
+            await write(partial.path)
+            _write_json(partial.path / "loop_state.json", asdict(state))
+        return partial
+
+    def complete(self, partial: Partial) -> Path:
+        """Sum up what was begun, give it its name and make it the newest."""
+        target = self.root / _name(partial.step)
+        with self._undone_when_refused(partial):
+            _write_json(partial.path / STEP_MANIFEST, file_manifest(partial.path))
+            _sync_tree(partial.path)
             self._set_aside(target)
-            os.replace(partial, target)
+            os.replace(partial.path, target)
             self._point_latest_at(target)
+        self._prune()
+        return target
+
+    @staticmethod
+    def abandon(partial: Partial) -> None:
+        """Remove what was begun."""
+        shutil.rmtree(partial.path, ignore_errors=True)
+
+    @contextmanager
+    def _undone_when_refused(self, partial: Partial) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            self.abandon(partial)
             raise CheckpointError(
-                f"checkpoint of step {state.step} could not be written: {error.strerror or error}",
-                where=str(target),
+                f"checkpoint of step {partial.step} could not be written: {error.strerror or error}",
+                where=str(self.root / _name(partial.step)),
                 why="the disk refused the write; the older checkpoints are untouched",
                 fix=f"free space, then go on from {self._latest_name() or 'the start'}: miles runs resume "
                 f"{self.root.parent}",
             ) from error
-        self._prune()
-        return target
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, or None before the first."""
@@ -84,7 +116,7 @@ class CheckpointStore:
 
     def at_step(self, step: int) -> Path:
         """The checkpoint of one step. Raises: CheckpointError when there is none."""
-        path = self.root / f"step-{step:06d}"
+        path = self.root / _name(step)
         if not path.is_dir():
             kept = ", ".join(str(s) for s in self.steps()) or "none"
             raise CheckpointError(f"no checkpoint of step {step}", where=str(self.root), why=f"kept: {kept}")
@@ -93,8 +125,8 @@ class CheckpointStore:
     def rewind(self, step: int) -> None:
         """Make the checkpoint of `step` the newest; later ones are set aside, not deleted."""
         for later in [s for s in self.steps() if s > step]:
-            self._set_aside(self.root / f"step-{later:06d}")
-        self._point_latest_at(self.root / f"step-{step:06d}")
+            self._set_aside(self.root / _name(later))
+        self._point_latest_at(self.root / _name(step))
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
@@ -116,7 +148,7 @@ class CheckpointStore:
         if pointer.is_file():
             return pointer.read_text().strip() or None
         steps = self.steps()
-        return f"step-{steps[-1]:06d}" if steps else None
+        return _name(steps[-1]) if steps else None
 
     def _point_latest_at(self, target: Path) -> None:
         pointer = self.root / ".LATEST.partial"
@@ -139,9 +171,13 @@ class CheckpointStore:
             return
         latest = self._latest_name()
         for step in self.steps()[: -self.keep]:
-            name = f"step-{step:06d}"
+            name = _name(step)
             if name != latest:
                 shutil.rmtree(self.root / name)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _verify(path: Path, size: int, crc32: int) -> None:

@@ -20,6 +20,7 @@ from miles.orchestration.capsule import write_capsule
 from miles.orchestration.checkpoints import CheckpointStore, LoopState
 from miles.orchestration.observer import Observer
 from miles.orchestration.rollout_worker import StepRollout
+from miles.orchestration.saves import Saved, Saves
 from miles.orchestration.supervisor import STOP_AFTER_SKIPPED_STEPS, Supervisor
 from miles.orchestration.turns import NoTurns, Turns
 from miles.orchestration.weight_sync import WeightSync
@@ -57,6 +58,8 @@ class TrainSide(Protocol):
 
     async def save(self, directory: Path, *, optimizer: bool = True) -> None: ...
 
+    async def saved(self, *, wait: bool) -> bool: ...
+
     async def load(self, directory: Path) -> None: ...
 
 
@@ -70,6 +73,8 @@ class Schedule:
     eval_before_train: bool = True
     sample_records_per_step: int = 8
     save_optimizer: bool = True
+    save_beside: bool = False
+    """Checkpoints are written while the run goes on."""
     capsule_interval: int | None = None
     ref_update_interval: int | None = None
 
@@ -91,9 +96,13 @@ class Driver:
     state: LoopState = field(default_factory=LoopState)
     ahead: Ahead = field(default_factory=Ahead)
     turns: Turns = field(default_factory=NoTurns)
+    _saves: Saves = field(init=False)
     _step_started: float = field(default_factory=time.perf_counter)
     _phase_seconds: dict[str, float] = field(default_factory=dict)
     _first_step: int | None = None
+
+    def __post_init__(self) -> None:
+        self._saves = Saves(self.store, self.trainer, self.schedule.save_beside)
 
     async def begin(self) -> None:
         """Before the first step: where the untrained policy stands."""
@@ -177,6 +186,7 @@ class Driver:
             await self.evaluate(step)
         self._look_for_trouble(step)
         self._assert_alignment(step, update)
+        await self.finish_saving(wait=False)
         await self._hear_requests()
         await self._save_when_due(step)
 
@@ -237,6 +247,7 @@ class Driver:
                 self.inbox.acknowledge(request)
             elif request.action == "save":
                 await self.save()
+                await self.finish_saving()
                 self.inbox.acknowledge(request)
             elif request.action == "set":
                 await self._change_settings(request)
@@ -267,26 +278,36 @@ class Driver:
         last = step == self.schedule.num_rollout or self.supervisor.stop_status is not None
         if last or self._due(step, self.schedule.save_interval):
             await self.save()
+        if last:
+            await self.finish_saving()
 
     async def save(self) -> None:
-        """Write a checkpoint of the current step, once."""
+        """Write a checkpoint of the current step, once. Whoever shares the trainer's GPUs makes room for it
+        meanwhile.
+        """
         step = self.state.step
-        if self.store.latest_step() == step:
+        if self._saves.has(step):
             return
-        with self.record.phase("save", step):
-            path = await self._saved()
-        self.record.event("checkpoint", step=step, path=str(path))
-        self.observer.on_event("checkpoint", {"step": step, "path": str(path)})
-
-    async def _saved(self) -> Path:
-        """The new checkpoint; whoever shares the trainer's GPUs makes room for it meanwhile."""
-        paths: list[Path] = []
+        await self.finish_saving()
 
         async def save() -> None:
-            paths.append(await self.store.save(self.state, self._write_checkpoint))
+            self._tell_saved(await self._saves.save(self.state, self._write_checkpoint))
 
-        await self.turns.saving(save)
-        return paths[0]
+        with self.record.phase("save", step):
+            await self.turns.saving(save)
+
+    async def finish_saving(self, *, wait: bool = True) -> None:
+        """Complete the checkpoint that is on its way, if there is one; without `wait`, if it can be."""
+        self._tell_saved(await self._saves.settled(wait=wait))
+
+    def _tell_saved(self, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        fields: dict[str, Any] = {"step": saved.step, "path": str(saved.path), "blocked_s": saved.blocked}
+        if saved.background is not None:
+            fields["background_s"] = saved.background
+        self.record.event("checkpoint", **fields)
+        self.observer.on_event("checkpoint", fields)
 
     async def restore(self, state: LoopState, checkpoint: Path, patch: Mapping[str, float]) -> None:
         """Stand where the checkpoint was written, with the trainer's live settings of `patch` on top."""

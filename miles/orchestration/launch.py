@@ -136,7 +136,13 @@ async def _drive(
         record.resume(resumed)
     async with executor.driver(job, record, supervisor, observer) as driver:
         with long_lived_objects_kept():
-            await loop_of(job.resolved.config)(driver)
+            try:
+                await loop_of(job.resolved.config)(driver)
+            except WorkerLost:
+                raise
+            except MilesError:
+                await driver.finish_saving()
+                raise
 
 
 def _end(

@@ -153,6 +153,10 @@ class TrainerActor:
         with self._record.busy("save"):
             await self._worker.save(directory, optimizer=optimizer)
 
+    async def saved(self, wait: bool) -> bool:
+        with self._record.busy("save"):
+            return await self._worker.saved(wait=wait)
+
     async def load(self, directory: Path) -> None:
         with self._record.busy("load"):
             await self._worker.load(directory)

@@ -103,6 +103,10 @@ class RayTrainer(Handle):
     async def save(self, directory: Path, *, optimizer: bool = True) -> None:
         await answer(self.name, self._actor.save.remote(directory, optimizer))
 
+    async def saved(self, *, wait: bool) -> bool:
+        done: bool = await answer(self.name, self._actor.saved.remote(wait))
+        return done
+
     async def load(self, directory: Path) -> None:
         await answer(self.name, self._actor.load.remote(directory))
 

@@ -55,6 +55,10 @@ class TrainWorker:
         """Write the trainer's state into an existing directory."""
         self.trainer.save(directory, optimizer=optimizer)
 
+    async def saved(self, *, wait: bool) -> bool:
+        """Whether all that `save` began is on disk; `wait` until it is."""
+        return self.trainer.finish_saving(wait=wait)
+
     async def load(self, directory: Path) -> None:
         """Restore what `save` wrote."""
         self.trainer.load(directory)

@@ -42,6 +42,8 @@ class TrainerRank(Worker, Protocol):
 
     async def save(self, directory: Path, *, optimizer: bool = True) -> None: ...
 
+    async def saved(self, *, wait: bool) -> bool: ...
+
     async def load(self, directory: Path) -> None: ...
 
     async def weights(self, version: int) -> Any: ...
@@ -85,6 +87,9 @@ class TrainerRanks:
 
     async def save(self, directory: Path, *, optimizer: bool = True) -> None:
         await together([rank.save(directory, optimizer=optimizer) for rank in self._ranks])
+
+    async def saved(self, *, wait: bool) -> bool:
+        return all(await together([rank.saved(wait=wait) for rank in self._ranks]))
 
     async def load(self, directory: Path) -> None:
         await together([rank.load(directory) for rank in self._ranks])

@@ -93,6 +93,7 @@ def _native(job: Job, spec: ArchSpec, settings: TrainerSettings, parallel: DataP
 def _megatron(
     job: Job, spec: ArchSpec, settings: TrainerSettings, parallel: DataParallel | None
 ) -> AnyTrainer:
+    checkpoint = job.resolved.config.checkpoint
     return MegatronTrainer(
         spec,
         settings,
@@ -101,7 +102,8 @@ def _megatron(
         device=job.plan.device,
         source_dir=job.source.directory,
         parallel=parallel,
-        dist_checkpoints=job.resolved.config.checkpoint.ckpt_format == "torch_dist",
+        dist_checkpoints=checkpoint.ckpt_format == "torch_dist",
+        background_saves=checkpoint.async_save,
     )
 
 
@@ -225,6 +227,7 @@ def _schedule(job: Job) -> Schedule:
         eval_before_train=not config.eval.skip_eval_before_train,
         sample_records_per_step=config.record.sample_records_per_step,
         save_optimizer=not config.checkpoint.no_save_optim,
+        save_beside=config.checkpoint.async_save,
         capsule_interval=config.debug.capsule_interval,
         ref_update_interval=config.algorithm.ref_update_interval,
     )

@@ -136,6 +136,10 @@ class RolloutTrainer(ABC):
             self.load_weights(read_hf(directory / REFERENCE_DIR), "reference")
             self._reference_is_own = True
 
+    def finish_saving(self, *, wait: bool) -> bool:
+        """Whether what `save` began is on disk; it is, where `save` itself waits."""
+        return True
+
     def set(self, knob: str, value: float) -> None:
         """Change a live knob (see `training.knobs`) from the next step on."""
         self.state = replace(self.state, knobs=self.state.knobs.changed(knob, value, self.settings))

@@ -70,6 +70,9 @@ class Trainer(Protocol):
     def save(self, directory: Path, *, optimizer: bool = True) -> None:
         """Write weights, optimizer moments, schedule and knobs into an existing directory."""
 
+    def finish_saving(self, *, wait: bool) -> bool:
+        """Whether what `save` began is on disk; `wait` until it is. Raises CheckpointError."""
+
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, bit for bit. Raises CheckpointError."""
 

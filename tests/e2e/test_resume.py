@@ -44,7 +44,7 @@ def test_a_run_killed_at_any_step_resumes_exactly(cli: Cli, uninterrupted: Path,
 
 def test_a_run_killed_while_it_writes_a_checkpoint_resumes_exactly(cli: Cli, uninterrupted: Path) -> None:
     process = cli.start("train", *SMALL)
-    cli.wait_until(lambda: bool(list(cli.runs.glob("*/checkpoints/.partial-step-000006"))), process)
+    cli.wait_until(lambda: bool(list(cli.runs.glob("*/checkpoints/.partial-step-000006-*"))), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     resumed = cli("runs", "resume", "last")

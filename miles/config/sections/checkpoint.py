@@ -29,7 +29,8 @@ class CheckpointSection(Section):
     as Megatron's distributed checkpoint, for any of its layouts, written by every rank."""
 
     async_save: bool = False
-    """Write while training goes on."""
+    """Write while training goes on: the run waits until what is saved is copied or shared, and the checkpoint
+    counts once it is whole."""
 
     custom_megatron_post_save_hook_path: str | None = None
     """Python path of a function called after each save of the Megatron trainer."""

@@ -62,6 +62,24 @@ def no_checkpoint_on_the_way(subject: Subject) -> Iterator[Found]:
 
 
 @rule(
+    "CKP4",
+    Severity.ERROR,
+    title="this form of checkpoint is written while the run waits",
+    cause="only Megatron's distributed checkpoint, with its optimizer, is written by processes beside the "
+    "trainer's ranks; under published names the first rank gathers and writes all of it",
+    fix="add --ckpt-format torch_dist, or leave --async-save out",
+)
+def saved_while_waiting(subject: Subject) -> Iterator[Found]:
+    checkpoint = subject.config.checkpoint
+    if not checkpoint.async_save or subject.config.training.backend != "megatron":
+        return
+    if checkpoint.ckpt_format != "torch_dist":
+        yield Found(f"async_save with ckpt_format {checkpoint.ckpt_format}", "checkpoint.async_save")
+    elif checkpoint.no_save_optim:
+        yield Found("async_save with no_save_optim", "checkpoint.async_save", "leave --no-save-optim out")
+
+
+@rule(
     "ASM1",
     Severity.INFO,
     title="planned for hardware that is not here",

@@ -22,6 +22,7 @@ from torch import nn
 
 from miles.arch import ArchSpec
 from miles.errors import CheckpointError
+from miles.training.megatron.background_save import BackgroundSave
 from miles.training.megatron.checkpoint import TrainerTensors
 from miles.training.megatron.tensors import OfParameter
 from miles.training.megatron.torch_dist import VERSION, dist_checkpointing, write_description
@@ -41,15 +42,24 @@ def save_dist_checkpoint(
     draft: nn.Module | None,
     state: TrainerState,
     source_dir: Path | None,
+    background: BackgroundSave | None = None,
 ) -> None:
-    """Write into an existing directory. `policy`: this rank's chunks, `draft`: its MTP layers, if any."""
+    """Write into an existing directory. `policy`: this rank's chunks, `draft`: its MTP layers, if any.
+
+    With `background`, begin to: all is there once it has finished.
+    """
     target = directory / DIST_DIR
     if dist.get_rank() == 0:
         target.mkdir()
     dist.barrier()
     trained = [*policy, *([draft] if draft is not None and tensors.draft is not None else [])]
     everything = _state(tensors, [*policy, *([draft] if draft is not None else [])], trained)
-    dist_checkpointing().save(everything, str(target), ("torch_dist", VERSION))
+    form = "torch_dist", VERSION
+    request = dist_checkpointing().save(
+        everything, str(target), form, async_sharded_save=background is not None
+    )
+    if background is not None:
+        background.start(request)
     if dist.get_rank() == 0:
         write_description(target, tensors.spec, tensors.optimizer.dtype, source_dir)
         (directory / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")

@@ -63,6 +63,7 @@ class MegatronTrainer(RolloutTrainer):
         layout: how the model is cut over the ranks; what is left over is data-parallel.
         device: where the model lives; with `parallel` it is that of the rank.
         dist_checkpoints: save in Megatron's own form (`dist_checkpoint`), not under published names.
+        background_saves: let other processes write them while training goes on (`finish_saving`).
         parallel: this process's place in the world of trainer processes; None trains alone.
         dtype: fp32 or bf16; optimizer state is fp32 in any case.
         source_dir: the HF checkpoint whose config.json and tokenizer go along with saved weights.
@@ -78,6 +79,7 @@ class MegatronTrainer(RolloutTrainer):
         source_dir: Path | None = None,
         parallel: DataParallel | None = None,
         dist_checkpoints: bool = False,
+        background_saves: bool = False,
     ) -> None:
         settings.validate()
         require_expressible(spec, (layout or MegatronLayout()).implementation)
@@ -87,12 +89,14 @@ class MegatronTrainer(RolloutTrainer):
         self.device = torch.device(device) if parallel is None else parallel.device
         open_groups(self.layout, spec.num_layers)
         # Only now: what imports megatron-core must find it fit for this machine.
+        from miles.training.megatron.background_save import BackgroundSave
         from miles.training.megatron.chunks import built, built_draft, draft_training, training_chunks
         from miles.training.megatron.optimizer import MasterAdam
         from miles.training.megatron.rounded_weights import int4_policy
         from miles.training.megatron.sharded_adam import ShardedAdam
         from miles.training.megatron.tensors import MegatronTensors
 
+        self._background = BackgroundSave() if background_saves else None
         self.ranks = MegatronRanks()
         with warnings.catch_warnings():
             # megatron-core deprecates arguments of its own calls.
@@ -241,7 +245,13 @@ class MegatronTrainer(RolloutTrainer):
             from miles.training.megatron.dist_checkpoint import save_dist_checkpoint
 
             save_dist_checkpoint(
-                directory, self._on_disk, self._chunks.bare, self._draft, self.state, self.source_dir
+                directory,
+                self._on_disk,
+                self._chunks.bare,
+                self._draft,
+                self.state,
+                self.source_dir,
+                self._background,
             )
             self._save_reference(directory)
             return
@@ -250,6 +260,13 @@ class MegatronTrainer(RolloutTrainer):
         save_checkpoint(directory, self._on_disk, self.state, self.source_dir, with_optimizer=optimizer)
         if optimizer:
             self._save_reference(directory)
+
+    def finish_saving(self, *, wait: bool) -> bool:
+        """Whether what `save` began is on disk; `wait` until it is. All ranks ask together.
+
+        Raises CheckpointError when it could not be written.
+        """
+        return self._background is None or self._background.finish(wait=wait)
 
     def load(self, directory: Path) -> None:
         """Restore what any trainer's `save` wrote, but for knobs that the configuration has changed since."""

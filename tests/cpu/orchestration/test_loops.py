@@ -90,6 +90,9 @@ class World:
 
     async def save(self, directory: Path, *, optimizer: bool = True) -> None: ...
 
+    async def saved(self, *, wait: bool) -> bool:
+        return True
+
     async def load(self, directory: Path) -> None: ...
 
     # The way between them.

@@ -738,6 +738,7 @@ CASES: dict[str, tuple[Case, Case]] = {
     ),
     "CKP2": (Case("--no-save-optim --save-interval 5"), Case("--no-save-optim")),
     "CKP3": (replace(scaled(), flags=SCALED.replace("--save-interval 20", "")), scaled()),
+    "CKP4": (scaled("--async-save"), scaled("--async-save --ckpt-format torch_dist")),
     "ASM1": (scaled(facts=on("16xH100")), Case()),
 }
 

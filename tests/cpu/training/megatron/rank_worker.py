@@ -42,9 +42,9 @@ def make(
     settings: TrainerSettings,
     layout: MegatronLayout,
     load: Path | None = None,
-    dist_checkpoints: bool = False,
+    **saving: bool,
 ) -> MegatronTrainer:
-    trainer = MegatronTrainer(spec, settings, layout, parallel=parallel, dist_checkpoints=dist_checkpoints)
+    trainer = MegatronTrainer(spec, settings, layout, parallel=parallel, **saving)
     if load is None:
         trainer.init_weights(0)
     else:
@@ -71,6 +71,7 @@ def train(
         if parallel is not None:
             torch.distributed.barrier()
     results += [trainer.train_step(batch).metrics for batch in then]
+    assert trainer.finish_saving(wait=True)
     return [{name: row[name] for name in NAMES if name in row} for row in results], weights(trainer)
 
 
