@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from miles.arch.spec import ArchSpec, DenseMlpSpec, MoeSpec
+from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, MoeSpec, RopeSpec
 
 FAMILIES = (
     "deepseek_v3",
@@ -13,6 +13,8 @@ FAMILIES = (
     "gemma3_text",
     "glm4_moe",
     "llama",
+    "llama4",
+    "llama4_text",
     "minimax_m2",
     "qwen2",
     "qwen3",
@@ -35,13 +37,14 @@ def megatron_obstacle(spec: ArchSpec, engine: bool = False) -> str:
         return "MTP layers of another kind than the last layer"
     mlps = [layer.mlp for layer in spec.layers]
     attentions = [layer.attention for layer in spec.layers]
-    rope = attentions[0].rope
-    if len({replace(attention, window=None, rope=rope) for attention in attentions}) > 1:
-        return "layers that differ in more of their attention than window and rotation"
+    if len({_common(attention) for attention in attentions}) > 1:
+        return "layers that differ in heads, biases or norms of their attention"
     if len({attention.window for attention in attentions} - {None}) > 1:
         return "windows of different widths"
-    if engine and attentions[0].softcap is not None:
+    if engine and any(attention.softcap is not None for attention in attentions):
         return "soft-capped attention in Transformer Engine's layers"
+    if engine and any(attention.chunk is not None for attention in attentions):
+        return "chunked attention in Transformer Engine's layers"
     latent = spec.layers[0].attention.latent
     if latent is not None and spec.rms_norm_eps != LATENT_EPS:
         return f"latents normed with another epsilon ({LATENT_EPS}) than the rest ({spec.rms_norm_eps})"
@@ -50,6 +53,13 @@ def megatron_obstacle(spec: ArchSpec, engine: bool = False) -> str:
     if len({mlp for mlp in mlps if isinstance(mlp, DenseMlpSpec)}) > 1:
         return "dense layers of different widths"
     return "" if spec.moe is None else _routing_obstacle(spec.moe)
+
+
+def _common(attention: AttentionSpec) -> AttentionSpec:
+    """What all layers must share: the rest is read layer by layer."""
+    return replace(
+        attention, rope=RopeSpec(1.0), window=None, chunk=None, rotates=True, qk_unit=False, temperature=None
+    )
 
 
 def _routing_obstacle(moe: MoeSpec) -> str:

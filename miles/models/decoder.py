@@ -283,7 +283,7 @@ class Decoder(nn.Module):
         return {
             kind: numerics.rotations(spec, most, positions)
             if spec.rotates
-            else _query_factors(spec.temperature, positions)
+            else query_factors(spec.temperature, positions)
             for kind, spec in kinds.items()
         }
 
@@ -296,7 +296,7 @@ def _positional(spec: AttentionSpec) -> Positional:
     return spec.rope if spec.rotates else spec.temperature
 
 
-def _query_factors(temperature: QueryTemperature | None, positions: Tensor) -> Tensor:
+def query_factors(temperature: QueryTemperature | None, positions: Tensor) -> Tensor:
     """fp32 [T], see `QueryTemperature`."""
     if temperature is None:
         return torch.ones(positions.shape, device=positions.device)

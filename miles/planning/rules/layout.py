@@ -26,6 +26,12 @@ def _problems(subject: Subject, rule_id: str) -> Iterator[Found]:
         yield Found(problem.what, problem.setting, fix)
 
 
+def _in_transformer_engine(subject: Subject) -> bool:
+    """Whether the Megatron trainer takes Transformer Engine's layers."""
+    asked = subject.config.training.transformer_impl
+    return subject.on_gpus if asked is None else asked == "transformer_engine"
+
+
 def nearest_fix(subject: Subject) -> str:
     """The nearest layout that works, as flags; empty where the run is not on GPUs."""
     if subject.scale_request is None:
@@ -158,13 +164,17 @@ def vocabulary_not_divided(subject: Subject) -> Iterator[Found]:
     Severity.ERROR,
     title="this attention does not share sequences",
     cause="of Transformer Engine's kernels only the flash and the fused one pass keys and values on to the "
-    "other context-parallel ranks",
+    "other context-parallel ranks, and only those of layers without windows",
     fix="use --attention-backend flash, fused or auto, or --context-parallel-size 1",
 )
 def context_parallel_unfused(subject: Subject) -> Iterator[Found]:
     size, backend = subject.config.parallel.context_parallel_size, subject.config.training.attention_backend
     if size > 1 and backend in ("unfused", "local"):
         yield Found(f"CP {size} with attention_backend {backend}", "training.attention_backend")
+    windowed = subject.spec is not None and any(x.attention.window is not None for x in subject.spec.layers)
+    if size > 1 and windowed and _in_transformer_engine(subject):
+        setting, fix = "parallel.context_parallel_size", "use --context-parallel-size 1"
+        yield Found(f"CP {size} with windows in Transformer Engine's layers", setting, fix)
 
 
 @rule(
@@ -210,9 +220,7 @@ def not_carried(subject: Subject) -> Iterator[Found]:
     if subject.config.training.backend != "megatron" or subject.spec is None:
         return
     used = with_mtp(subject.spec, mtp_layers(subject.config, subject.spec.mtp_num_layers))
-    asked = subject.config.training.transformer_impl
-    engine = subject.on_gpus if asked is None else asked == "transformer_engine"
-    obstacle = megatron_obstacle(used, engine)
+    obstacle = megatron_obstacle(used, _in_transformer_engine(subject))
     if obstacle:
         other_layers = "" if megatron_obstacle(used) else "use --transformer-impl local"
         yield Found(obstacle, "training.backend", other_layers)

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec, RopeSpec
 from miles.models.attention import Attention
+from miles.models.decoder import query_factors
+from miles.models.norm import rms_norm
 from miles.models.numerics import FAST
 from miles.models.rotary import angles
 from miles.models.segment_attention import SegmentAttention, pays_in_segments
@@ -47,13 +49,17 @@ class PackedRows(PackedSeqParams):
     layers: tuple[LayerSpec, ...] = ()
     _angles: dict[tuple[RopeSpec, int], Tensor] = field(default_factory=dict)
 
-    def layer_angles(self, layer: int) -> Tensor:
-        """What a layer rotates with, see `rotation_angles`; layers that rotate alike share it."""
+    def layer_angles(self, layer: int) -> Tensor | None:
+        """What a layer rotates with, see `rotation_angles`; layers that rotate alike share it. None where it
+        does not rotate.
+        """
         attention = self.layers[layer].attention
+        if not attention.rotates:
+            return None
         kind = attention.rope, attention.rotary_width
         if kind not in self._angles:
             assert self.angles_at is not None
-            self._angles[kind] = rotation_angles(*kind, self.angles_at)
+            self._angles[kind] = rotation_angles(*kind, self.angles_at, attention.rope.interleaved)
         return self._angles[kind]
 
 
@@ -132,11 +138,14 @@ def local_attention(cu_seqlens: Tensor, spec: ArchSpec) -> Attention:
     return FAST.packed_attention(cu_seqlens)
 
 
-def rotation_angles(rope: RopeSpec, width: int, positions: Tensor) -> Tensor:
-    """fp32 [n, 1, 1, width] as Megatron's rotation takes them: the angles of both halves."""
+def rotation_angles(rope: RopeSpec, width: int, positions: Tensor, interleaved: bool = False) -> Tensor:
+    """fp32 [n, 1, 1, width] as Megatron's rotation takes them: the angles of both elements of a pair, which
+    lie side by side or half a width apart. Latent attention puts them apart by itself.
+    """
     table = angles(rope, width, int(positions.max()) + 1, positions.device)
     rows = table.index_select(0, positions)
-    return torch.cat((rows, rows), -1)[:, None, None, :]
+    both = rows.repeat_interleave(2, -1) if interleaved else torch.cat((rows, rows), -1)
+    return both[:, None, None, :]
 
 
 class RotatedAttention(SelfAttention):
@@ -191,10 +200,23 @@ class PackedDotProductAttention(DotProductAttention):
         layer = self.layer_number - 1
         spec = packed_seq_params.layers[layer].attention
         dtype = query.dtype
-        if spec.latent is None and spec.query_factor != 1.0:
-            query = query * spec.query_factor
+        if spec.latent is None:
+            query, key = self._adjusted(query, key, spec, packed_seq_params)
         query, key, value = (FAST.attention_input(part) for part in (query, key, value))
         return self._attended(packed_seq_params.attention, layer, query, key, value, spec).to(dtype)
+
+    def _adjusted(
+        self, query: Tensor, key: Tensor, spec: AttentionSpec, rows: PackedRows
+    ) -> tuple[Tensor, Tensor]:
+        """What the native decoder does to queries and keys behind the rotation."""
+        if spec.qk_unit:
+            ones = query.new_ones(spec.head_dim)
+            query, key = (rms_norm(heads, ones, self.config.layernorm_epsilon) for heads in (query, key))
+        if not spec.rotates:
+            assert rows.positions_1T is not None
+            factors_T = query_factors(spec.temperature, rows.positions_1T[0])
+            query = (query * factors_T[:, None, None]).to(query.dtype)
+        return (query if spec.query_factor == 1.0 else query * spec.query_factor), key
 
     def _attended(
         self, attention: Attention, layer: int, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec

@@ -18,7 +18,8 @@ from miles.training.megatron.model import PolicyModel, build_chunks, keep_biases
 from miles.training.megatron.optimizer import MasterAdam, wrapped_for_training
 from miles.training.megatron.options import DEFAULTS
 from miles.training.megatron.passes import Chunks
-from miles.training.megatron.places import Shard, draft_places, places
+from miles.training.megatron.pieces import Shard
+from miles.training.megatron.places import draft_places, places
 from miles.training.megatron.rounded_weights import RoundedLayers, fake_quantise, int4_policy
 from miles.training.megatron.transformer_config import transformer_config
 from miles.training.settings import TrainerSettings

@@ -11,81 +11,17 @@ Legend: g query groups of this rank, n queries of a group, D head width, H hidde
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from miles.arch.families import FAMILIES
-from miles.arch.family import MOE_NAMES, MoeNames
-from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, MoeSpec
+from miles.arch.family import MoeNames
+from miles.arch.spec import ArchSpec, AttentionSpec, LayerSpec
 from miles.training.megatron.draft_model import DraftModel
+from miles.training.megatron.mlp_places import mlp_place
 from miles.training.megatron.model import PolicyModel
-
-
-@dataclass(frozen=True)
-class Piece:
-    """`length` rows (or columns, `dim` 1) from `start` on of published tensor `name`. `view` takes them out
-    of a tensor of the parameter's shape; it may have more dimensions than the range, in the same order.
-    """
-
-    name: str
-    dim: int
-    start: int
-    length: int
-    view: Callable[[Tensor], Tensor]
-
-    def range_of(self, published: Tensor) -> Tensor:
-        """This piece of a whole published tensor, a view."""
-        return published.narrow(self.dim, self.start, self.length)
-
-    def store(self, published: Tensor, local: Tensor) -> None:
-        """Copy this piece of a published tensor into its place in a local one."""
-        view = self.view(local)
-        view.copy_(self.range_of(published).reshape(view.shape))
-
-    def give(self, local: Tensor, published: Tensor) -> None:
-        """Copy this piece of a local tensor into its place in a published one."""
-        target = self.range_of(published)
-        target.copy_(self.view(local).reshape(target.shape))
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's place in the dimensions that cut tensors."""
-
-    tp: int
-    tp_size: int
-    etp: int
-    etp_size: int
-    ep: int
-    ep_size: int
-    writes_dense: bool
-    """Whether this rank is the one of its data-parallel copies that hands out dense parameters."""
-    writes_experts: bool
-
-    @classmethod
-    def current(cls) -> Shard:
-        return cls(
-            tp=parallel_state.get_tensor_model_parallel_rank(),
-            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
-            etp=parallel_state.get_expert_tensor_parallel_rank(),
-            etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
-            ep=parallel_state.get_expert_model_parallel_rank(),
-            ep_size=parallel_state.get_expert_model_parallel_world_size(),
-            writes_dense=parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0,
-            writes_experts=parallel_state.get_expert_data_parallel_rank() == 0,
-        )
-
-
-@dataclass(frozen=True)
-class Place:
-    """A parameter of this rank, its pieces, and whether this rank is the one that hands them out."""
-
-    parameter: str
-    pieces: tuple[Piece, ...]
-    writes: bool
+from miles.training.megatron.pieces import Piece, Place, Shard, columns, replicated, rows
 
 
 def places(model: PolicyModel, spec: ArchSpec, shard: Shard) -> Iterator[Place]:
@@ -120,16 +56,16 @@ def draft_places(model: DraftModel, spec: ArchSpec, shard: Shard) -> Iterator[Pl
         if inside:
             yield _in_layer(name, local, names.layer, layer, parameter, shard, family.moe_names)
         elif local == "eh_proj.weight":
-            yield Place(name, (_rows(names.fc, parameter, shard.tp),), shard.writes_dense)
+            yield Place(name, (rows(names.fc, parameter, shard.tp),), shard.writes_dense)
         else:
             theirs = {"enorm": names.embedding_norm, "hnorm": names.hidden_norm}
             theirs["final_layernorm"] = names.final_norm
-            yield _replicated(name, theirs[local.removesuffix(".weight")], parameter, shard)
+            yield replicated(name, theirs[local.removesuffix(".weight")], parameter, shard)
 
 
 def _outside_layers(name: str, parameter: Tensor, spec: ArchSpec, shard: Shard) -> Place:
     if name == "decoder.final_layernorm.weight":
-        return _replicated(name, f"{spec.root}.norm.weight", parameter, shard)
+        return replicated(name, f"{spec.root}.norm.weight", parameter, shard)
     assert name in ("embedding.word_embeddings.weight", "output_layer.weight"), f"no place for {name}"
     head = name == "output_layer.weight"
     theirs = spec.head_name if head and not spec.tie_word_embeddings else spec.embedding_name
@@ -152,24 +88,24 @@ def _in_layer(
 ) -> Place:
     norms = _NORMS | (_OUTPUT_NORMS if layer.output_norms else {})
     if local.startswith("mlp.") and local not in norms:
-        return _in_mlp(name, local, prefix, layer.mlp, parameter, shard, names)
+        return mlp_place(name, local, prefix, layer.mlp, parameter, shard, names)
     if local.startswith("self_attention.") and layer.attention.latent is not None:
         return _in_latent_attention(name, local, f"{prefix}.self_attn", parameter, shard)
     if local in _QK_NORMS and layer.attention.qk_norm_over == "width":
         # Heads are cut, and their weights with them.
-        return Place(name, (_rows(f"{prefix}.{_QK_NORMS[local]}", parameter, shard.tp),), shard.writes_dense)
+        return Place(name, (rows(f"{prefix}.{_QK_NORMS[local]}", parameter, shard.tp),), shard.writes_dense)
     if local in norms:
-        return _replicated(name, f"{prefix}.{norms[local]}", parameter, shard)
+        return replicated(name, f"{prefix}.{norms[local]}", parameter, shard)
     if local.startswith("self_attention.linear_qkv."):
         kind = local.rpartition(".")[2]
         return Place(
             name, tuple(_qkv(f"{prefix}.self_attn", kind, layer.attention, shard)), shard.writes_dense
         )
     if local == "self_attention.linear_proj.weight":
-        piece = _columns(f"{prefix}.self_attn.o_proj.weight", parameter, shard.tp)
+        piece = columns(f"{prefix}.self_attn.o_proj.weight", parameter, shard.tp)
         return Place(name, (piece,), shard.writes_dense)
     assert local == "self_attention.linear_proj.bias", f"no place for {name}"
-    return _replicated(name, f"{prefix}.self_attn.o_proj.bias", parameter, shard)
+    return replicated(name, f"{prefix}.self_attn.o_proj.bias", parameter, shard)
 
 
 _LATENT_ROWS = {
@@ -191,44 +127,15 @@ _LATENT_NORMS = {
 def _in_latent_attention(name: str, local: str, block: str, parameter: Tensor, shard: Shard) -> Place:
     local = local.removeprefix("self_attention.")
     if local in _LATENT_NORMS:
-        return _replicated(name, f"{block}.{_LATENT_NORMS[local]}", parameter, shard)
+        return replicated(name, f"{block}.{_LATENT_NORMS[local]}", parameter, shard)
     if local == "linear_proj.weight":
-        return Place(name, (_columns(f"{block}.o_proj.weight", parameter, shard.tp),), shard.writes_dense)
+        return Place(name, (columns(f"{block}.o_proj.weight", parameter, shard.tp),), shard.writes_dense)
     assert local in _LATENT_ROWS, f"no place for {name}"
     theirs = f"{block}.{_LATENT_ROWS[local]}"
     if not getattr(parameter, "tensor_model_parallel", False) and shard.tp_size > 1:
         # Transformer Engine's down-projections are whole on every rank.
-        return _replicated(name, theirs, parameter, shard)
-    return Place(name, (_rows(theirs, parameter, shard.tp),), shard.writes_dense)
-
-
-def _in_mlp(
-    name: str,
-    local: str,
-    prefix: str,
-    mlp: DenseMlpSpec | MoeSpec,
-    parameter: Tensor,
-    shard: Shard,
-    names: MoeNames,
-) -> Place:
-    matrix = local.split(".")[-2]
-    if isinstance(mlp, DenseMlpSpec):
-        block = f"{prefix}.{names.dense_block}"
-        return Place(name, _mlp(block, matrix, parameter, shard.tp, MOE_NAMES), shard.writes_dense)
-    block = f"{prefix}.{names.block}"
-    if local == "mlp.router.weight":
-        return _replicated(name, f"{block}.{names.router}", parameter, shard)
-    if local == "mlp.router.expert_bias":
-        return _replicated(name, f"{block}.{names.correction_bias}", parameter, shard)
-    if local.startswith("mlp.shared_experts."):
-        block = f"{block}.{names.shared}"
-        return Place(name, _mlp(block, matrix, parameter, shard.tp, MOE_NAMES), shard.writes_dense)
-    expert = _expert(local)
-    assert expert is not None, f"no place for {name}"
-    matrix, number = expert
-    number += shard.ep * mlp.num_experts // shard.ep_size
-    pieces = _mlp(f"{block}.experts.{number}", matrix, parameter, shard.etp, names)
-    return Place(name, pieces, shard.writes_experts)
+        return replicated(name, theirs, parameter, shard)
+    return Place(name, (rows(theirs, parameter, shard.tp),), shard.writes_dense)
 
 
 _QK_NORMS = {
@@ -252,11 +159,6 @@ _OUTPUT_NORMS = {
 """In layers whose blocks end with a norm (`LayerSpec.output_norms`)."""
 
 
-def _replicated(name: str, theirs: str, parameter: Tensor, shard: Shard) -> Place:
-    piece = Piece(theirs, 0, 0, parameter.shape[0], lambda local: local)
-    return Place(name, (piece,), shard.writes_dense and shard.tp == 0)
-
-
 def _qkv(prefix: str, kind: str, attention: AttentionSpec, shard: Shard) -> Iterator[Piece]:
     """linear_qkv holds, group by group, n query heads, a key head and a value head."""
     groups, queries = attention.num_kv_heads, attention.num_heads // attention.num_kv_heads
@@ -269,33 +171,3 @@ def _qkv(prefix: str, kind: str, attention: AttentionSpec, shard: Shard) -> Iter
             return local.view(own, queries + 2, width, *local.shape[1:])[:, chosen]
 
         yield Piece(f"{prefix}.{letter}_proj.{kind}", 0, first * rows, own * rows, view)
-
-
-def _rows(theirs: str, parameter: Tensor, rank: int) -> Piece:
-    height = parameter.shape[0]
-    return Piece(theirs, 0, rank * height, height, lambda local: local)
-
-
-def _columns(theirs: str, parameter: Tensor, rank: int) -> Piece:
-    width = parameter.shape[1]
-    return Piece(theirs, 1, rank * width, width, lambda local: local)
-
-
-def _mlp(prefix: str, matrix: str, parameter: Tensor, rank: int, names: MoeNames) -> tuple[Piece, ...]:
-    """linear_fc1 is this rank's rows of gate over those of up; linear_fc2 its columns of down."""
-    if matrix == "linear_fc2":
-        return (_columns(f"{prefix}.{names.down}.weight", parameter, rank),)
-    rows = parameter.shape[0] // 2
-    return (
-        Piece(f"{prefix}.{names.gate}.weight", 0, rank * rows, rows, lambda local: local[:rows]),
-        Piece(f"{prefix}.{names.up}.weight", 0, rank * rows, rows, lambda local: local[rows:]),
-    )
-
-
-def _expert(local: str) -> tuple[str, int] | None:
-    """(matrix, number among this rank's experts): Megatron's sequential experts and Transformer Engine's."""
-    match = re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight", local)
-    if match:
-        return match[2], int(match[1])
-    match = re.fullmatch(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)", local)
-    return (match[1], int(match[2])) if match else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from miles.arch.precision import PrecisionPolicy
 from miles.arch.tensor_roles import decoder_layer
 from miles.precision.fake_operands import FakeOperands
-from miles.training.megatron.places import Place
+from miles.training.megatron.pieces import Place
 from miles.training.settings import TrainerSettings
 from miles.weights.low_precision import one_format
 

@@ -19,7 +19,8 @@ from miles.arch.families import FAMILIES
 from miles.arch.family import Shape
 from miles.training.megatron.draft_model import DraftModel
 from miles.training.megatron.model import PolicyModel
-from miles.training.megatron.places import Piece, Place, Shard, draft_places, places, weights
+from miles.training.megatron.pieces import Piece, Place, Shard
+from miles.training.megatron.places import draft_places, places, weights
 from miles.weights.hf import stored_dtype
 from miles.weights.native_map import load_each
 
@@ -136,7 +137,7 @@ class MegatronTensors:
     def set_first_element(self, name: str, value: float, of: OfParameter) -> None:
         """Overwrite the first element of one published tensor, on the ranks that hold it."""
         for local in self._local[name]:
-            if local.piece.start == 0:
+            if local.piece.has_first_element:
                 local.piece.view(of(local.parameter))[(0,) * len(self._view_shape(local))] = value
 
     @property

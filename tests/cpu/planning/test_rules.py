@@ -799,18 +799,25 @@ def test_the_mtp_refusal_names_the_convert_command(resolved: Make, facts: Facts)
     assert "miles convert /models/small /models/small-mtp --mtp-num-layers 1" in fix
 
 
+def found_on_gpus(flags: str, rule: str) -> list[tuple[str, str]]:
+    run = resolve("gemma-3-12b", flags=parse_flags(flags.split()))
+    facts = collect_facts(run.config, assume=parse_hardware("8xH100"))
+    return [(f.what, f.fix) for f in preflight(run, facts) if f.rule == rule]
+
+
 def test_soft_caps_on_gpus_are_sent_to_layers_that_have_them() -> None:
     """LAY14: Transformer Engine has none; Megatron's own layers do."""
+    other = "--model-name gemma-2-9b --max-tokens-per-gpu 512"
+    ((what, fix),) = found_on_gpus(other, "LAY14")
+    assert "soft-capped" in what and fix == "use --transformer-impl local"
+    assert not found_on_gpus(f"{other} --transformer-impl local", "LAY14")
 
-    def found(layers: str) -> list[tuple[str, str]]:
-        flags = f"--model-name gemma-2-9b --max-tokens-per-gpu 512 {layers}".split()
-        run = resolve("gemma-3-12b", flags=parse_flags(flags))
-        facts = collect_facts(run.config, assume=parse_hardware("8xH100"))
-        return [(f.what, f.fix) for f in preflight(run, facts) if f.rule == "LAY14"]
 
-    (refused,) = found("")
-    assert "soft-capped" in refused[0] and refused[1] == "use --transformer-impl local"
-    assert not found("--transformer-impl local")
+def test_windows_in_transformer_engine_are_not_shared_over_ranks() -> None:
+    """LAY10: its ring of keys and values takes plain causal attention."""
+    ((what, fix),) = found_on_gpus("--context-parallel-size 2", "LAY10")
+    assert "windows" in what and fix == "use --context-parallel-size 1"
+    assert not found_on_gpus("--context-parallel-size 2 --transformer-impl local", "LAY10")
 
 
 def test_a_builtin_checkpoint_gets_its_mtp_layers_on_request() -> None:

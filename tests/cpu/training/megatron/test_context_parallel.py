@@ -72,6 +72,7 @@ CASES = {
     ),
     "dense": ("dense", MegatronLayout(cp=2), SETTINGS),
     "windows and soft caps": ("windows", MegatronLayout(cp=2), SETTINGS),
+    "chunks, and queries that grow with their position": ("chunks", MegatronLayout(cp=2), SETTINGS),
     "latent attention": ("latent", MegatronLayout(cp=2), SETTINGS),
 }
 FOUR = {
@@ -92,6 +93,7 @@ def outcomes(
     root = tmp_path_factory.mktemp("context")
     latent = family_spec("deepseek_v3", num_nextn_predict_layers=0)
     specs = {"moe": spec, "dense": dense_spec, "latent": latent, "windows": family_spec("gemma2")}
+    specs["chunks"] = family_spec("llama4_text")
     how = {name: {"spec": one, "batches": make_batches(one, 5)} for name, one in specs.items()}
     two = {
         name: ("train", how[model] | {"layout": layout, "settings": settings})

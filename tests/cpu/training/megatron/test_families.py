@@ -53,6 +53,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"architectures": ["Gemma3ForCausalLM"], "sliding_window": 4, "sliding_window_pattern": 2}
     | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 100.0}
     | {"query_pre_attn_scalar": 11},
+    "llama4_text": {"architectures": ["Llama4ForCausalLM"], "no_rope_layers": [1, 0], "moe_layers": [1]}
+    | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 12, "intermediate_size_mlp": 28}
+    | {"attention_chunk_size": 4, "floor_scale": 4, "attn_scale": 0.3},
     "minimax_m2": {"architectures": ["MiniMaxM2ForCausalLM"], "num_local_experts": 4, "rotary_dim": 4}
     | {"num_experts_per_tok": 2, "intermediate_size": 12},
 }

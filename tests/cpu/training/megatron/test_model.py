@@ -111,8 +111,8 @@ CASES |= {
     | LATENT
     | SHARED,
 }
-GEMMA = ("gemma2", "gemma3_text", "gemma3")
-"""Of `tests/cpu/families/tiny_checkpoints.py`: windows of 5 or 6 tokens; the last has a tower."""
+MADE = ("gemma2", "gemma3_text", "gemma3", "llama4_text")
+"""Of `tests/cpu/families/tiny_checkpoints.py`: windows or chunks of 5 or 6 tokens; gemma3 has a tower."""
 LENGTHS = (7, 1, 40, 12)
 
 
@@ -164,7 +164,7 @@ def packed(spec: ArchSpec) -> tuple[list[Tensor], MicroBatch]:
     )
 
 
-@pytest.mark.parametrize("case", [*CASES.values(), *GEMMA], ids=[*CASES, *GEMMA])
+@pytest.mark.parametrize("case", [*CASES.values(), *MADE], ids=[*CASES, *MADE])
 def test_weights_logits_and_gradients(case: dict[str, Any] | str, tmp_path: Path) -> None:
     decoder, reference = made(case, tmp_path / "hf")
     spec, layout = decoder.spec, MegatronLayout()
@@ -242,7 +242,8 @@ def test_mtp_layers_of_another_kind_than_the_last_layer_are_refused_by_name() ->
 @pytest.mark.parametrize(
     ("model", "implementation", "what"),
     [
-        ("llama-4-scout-17b-16e", "local", "a model of the family llama4"),
+        ("llama-4-scout-17b-16e", "transformer_engine", "chunked attention in Transformer Engine's layers"),
+        ("llama-4-scout-17b-16e", "local", ""),
         ("gemma-3n-e4b", "local", "a model of the family gemma3n"),
         ("deepseek-v3.2", "local", "a model of the family deepseek_v32"),
         ("gemma-2-9b", "transformer_engine", "soft-capped attention in Transformer Engine's layers"),
