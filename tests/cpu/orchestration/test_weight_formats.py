@@ -10,10 +10,14 @@ import torch
 
 from miles.arch import load_spec
 from miles.arch.precision import NumberFormat, PrecisionPolicy
+from miles.config import resolve
 from miles.data.tasks import resolve_builtin
+from miles.orchestration.assemble import sglang_settings
 from miles.orchestration.train_worker import TrainWorker
 from miles.orchestration.weight_packets import pack, unpack, verify
 from miles.orchestration.weight_sync import RoundedWeights, weights_for_engine
+from miles.planning import collect_facts, make_plan
+from miles.planning.hardware import parse_hardware
 from miles.precision.weight_format import PLAIN, rounded
 from miles.rollout.native.engine import EngineSettings, NativeEngine
 from miles.training.native.trainer import NativeTrainer
@@ -43,6 +47,16 @@ def served_by(engine: NativeEngine) -> dict[str, torch.Tensor]:
         for name in getattr(block, "operands", {}):
             block.register_parameter(name, torch.nn.Parameter(block.matrix(name), requires_grad=False))
     return dict(to_published(decoder))
+
+
+@pytest.mark.parametrize(
+    ("profile", "hardware", "repacks"),
+    [("qwen3-moe-fp8", "16xH100", False), ("deepseek-v3-int4-single-node", "144xH200", True)],
+)
+def test_a_server_of_int4_experts_is_known_to_repack_them(profile: str, hardware: str, repacks: bool) -> None:
+    config = resolve(profile).config
+    plan = make_plan(resolve(profile), collect_facts(config, assume=parse_hardware(hardware)))
+    assert sglang_settings(config, plan).repacks is repacks
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp8", "int4"])

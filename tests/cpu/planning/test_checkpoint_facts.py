@@ -13,8 +13,10 @@ from safetensors.numpy import save_file
 from miles.arch import published_tensors, spec_from_hf_config
 from miles.arch.precision import NumberFormat
 from miles.arch.safetensors_header import TensorEntry
+from miles.config import RunConfig
 from miles.data.tasks import sort
-from miles.planning.facts.checkpoint import read_checkpoint
+from miles.planning.facts import collect_facts
+from miles.planning.facts.checkpoint import read_checkpoint, read_load_quantisation
 from miles.planning.facts.quantisation import Quantisation, read_quantisation
 from miles.weights.convert import Wanted, convert, open_source, plan_conversion
 
@@ -122,6 +124,13 @@ def test_quantised_weights_are_those_of_the_config_or_not(checkpoint: Path, tmp_
     assert "plain, but config.json says fp8" in read_checkpoint(str(checkpoint))[0].shapes_problem
     set_config(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4})
     assert read_checkpoint(str(checkpoint))[0].shapes_problem == ""
+
+
+def test_what_the_trainer_starts_from_is_looked_at_too(tmp_path: Path) -> None:
+    assert read_load_quantisation(None) is None and read_load_quantisation(str(tmp_path)) is None
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": INT4}))
+    assert str(read_load_quantisation(str(tmp_path))) == "int4 in groups of 32"
+    assert collect_facts(RunConfig(model={"load": str(tmp_path)})).load_quantisation is not None
 
 
 def set_template(checkpoint: Path, source: str) -> None:
