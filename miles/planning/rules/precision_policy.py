@@ -77,7 +77,7 @@ def groups_do_not_fill_rows(subject: Subject) -> Iterator[Found]:
     bad = [
         (name, shape[-1])
         for name, shape in published_tensors(policy.layout(spec)).items()
-        if not policy.storage(name).is_plain and shape[-1] % group
+        if shape[-1] % group and not policy.storage(name).is_plain
     ]
     if bad:
         name, columns = bad[0]
