@@ -43,7 +43,8 @@ def test_neither_batch_nor_order_nor_sharing_shows_in_the_bits(case: str, exact)
     assert compared > 100 and wrong == 0
 
 
-@pytest.mark.parametrize("dtype", LONG_IN_BF16, ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_traffic(dtype: torch.dtype, exact) -> None:
     sides = Sides(QUICKSTART, exact(QUICKSTART, dtype), dtype)
     generator = torch.Generator().manual_seed(1)
@@ -58,7 +59,7 @@ def test_random_traffic(dtype: torch.dtype, exact) -> None:
         assert compared > 300 and wrong == 0, traffic
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", LONG_IN_BF16, ids=str)
 def test_sequences_across_many_key_blocks(dtype: torch.dtype, exact) -> None:
     """Lengths beside the block boundaries, and one prompt of several thousand tokens."""
     sides = Sides(QUICKSTART, exact(QUICKSTART, dtype), dtype)

@@ -75,6 +75,7 @@ def test_a_library_with_other_kernels_for_few_and_for_many_rows(monkeypatch: pyt
     assert 9 < blocks.sizes[0] <= 16 and 128 <= blocks.sizes[-1] < 300
 
 
+@pytest.mark.slow
 def test_products_that_depend_on_the_place_in_bf16_are_computed_in_fp32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -182,7 +182,9 @@ def test_a_wish_to_write_waits_for_the_plan() -> None:
         await empty(app, pilot, "num_rollout")
         await pilot.press("3", "ctrl+s")
         assert not app.is_settled and app.is_running
-        for _ in range(200):
+        for _ in range(600):
+            if app.return_value is not None:
+                return
             await pilot.pause(0.02)
 
     assert form(steps).return_value == {"num_rollout": 3}
@@ -202,7 +204,9 @@ def test_an_answer_typed_during_a_look_is_not_overwritten_by_it() -> None:
     form(steps)
 
 
-@pytest.mark.parametrize("key", ["escape", "ctrl+q", "ctrl+c"])
+@pytest.mark.parametrize(
+    "key", ["escape", *(pytest.param(key, marks=pytest.mark.slow) for key in ("ctrl+q", "ctrl+c"))]
+)
 def test_leaving_gives_no_answers(key: str) -> None:
     async def steps(app: InitForm, pilot: Pilot[dict[str, Value]]) -> None:
         await pilot.press(key)
@@ -245,7 +249,9 @@ def test_flags_are_answers_already() -> None:
     form(steps, {"lr": 2e-4})
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
+@pytest.mark.parametrize(
+    "size", [(80, 24), *(pytest.param(size, marks=pytest.mark.slow) for size in ((120, 40), (200, 60)))]
+)
 def test_every_question_can_be_reached_and_seen(size: tuple[int, int]) -> None:
     async def steps(app: InitForm, pilot: Pilot[dict[str, Value]]) -> None:
         shown = [row for row in app.rows.values() if row.display]

@@ -65,7 +65,9 @@ def test_certain_guesses_leave_every_token_as_it_is(
     assert sum(info.accepted_tokens for info in infos) < sum(info.draft_tokens for info in infos)
 
 
-@pytest.mark.parametrize("settings", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize(
+    "settings", [pytest.param(CHAIN, marks=pytest.mark.slow), TREE], ids=["chain", "tree"]
+)
 @pytest.mark.parametrize(
     ("moe", "dtype"),
     [

@@ -75,6 +75,9 @@ def five(make_batch):
     return make
 
 
+SLOW = pytest.mark.slow
+QUICK = ("plain", "no_replay", "every_term")
+"""What `make check` goes through; `make test` goes through all of them."""
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"settings": PLAIN},
     "no_replay": {"settings": replace(PLAIN, replay_routes=False)},
@@ -87,7 +90,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way if way in QUICK else pytest.param(way, marks=SLOW) for way in WAYS])
 def test_two_ranks_equal_one_over_five_steps(way, spec, two_ranks, five) -> None:
     how = {"spec": spec, "batches": five(spec), **WAYS[way]}
     one = two_ranks.alone("train", **how)
@@ -206,6 +209,7 @@ def test_supervised_steps(spec, two_ranks, make_batch) -> None:
     assert_equal(two_ranks("train", **how), two_ranks.alone("train", **how))
 
 
+@SLOW
 def test_the_load_balancing_loss_reaches_both_ranks(spec, two_ranks, five) -> None:
     """A mean over micro-batches, which the shares change: near, not equal, unless one sequence is a batch."""
     settings = replace(PLAIN, moe_aux_loss_coeff=0.1, micro_batch_size=1)
@@ -273,7 +277,7 @@ def test_a_bad_advantage_in_the_share_of_one_rank_skips_the_step_on_both(
 LAYOUTS = {"2_to_1": (True, False), "1_to_2": (False, True), "2_to_2": (True, True)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_resumes_on_another_number_of_ranks(layout, dtype, spec, two_ranks, five, tmp_path) -> None:
     how = {"spec": spec, "settings": PLAIN, "dtype": dtype}
@@ -352,7 +356,7 @@ MTP = {
 }
 
 
-@pytest.mark.parametrize("way", MTP)
+@pytest.mark.parametrize("way", ["plain", *(pytest.param(way, marks=SLOW) for way in MTP if way != "plain")])
 def test_two_ranks_train_the_draft_like_one(way, spec, two_ranks, five, tmp_path: Path) -> None:
     """Two MTP layers, and the checkpoint that both ways leave."""
     batches = five(spec)[:3]
