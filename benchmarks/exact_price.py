@@ -3,9 +3,9 @@
     python benchmarks/exact_price.py [--write docs/benchmarks.md]
 
 One engine and one trainer per mode in one process, on the same weights and prompts, steps in turn; responses
-have given lengths. A step is a rollout and one optimizer step with everything the trainer measures. Processor
-seconds of the process, median over the steps. Exit code 1: a step of some row costs more than the bar, or an
-exact one has a gap.
+have given lengths. Both modes in torch, and in fp32 both on the compiled kernels as well. A step is a rollout
+and one optimizer step with everything the trainer measures. Processor seconds of the process, median over the
+steps. Exit code 1: a step of some row costs more than the bar, or an exact one has a gap.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,12 +29,20 @@ from miles.data.batch import TrainBatch, pack
 from miles.data.sample import Sample, SampleStatus
 from miles.data.tasks import resolve_builtin
 from miles.models.allocator import keep_freed_memory
+from miles.models.compiled import build as training
+from miles.models.compiled.exact import CompiledExactNumerics
+from miles.models.compiled.library import Library
+from miles.models.compiled.numerics import CompiledNumerics
 from miles.models.invariance import find_exact_numerics
 from miles.models.numerics import FAST, Numerics
+from miles.planning.facts.compiler import read_compiler
 from miles.rollout.engine import GenerateRequest, SamplingParams
 from miles.rollout.native.engine import EngineSettings, NativeEngine
+from miles.rollout.native.fused import build as decoding
 from miles.training.native.trainer import NativeTrainer
 from miles.training.settings import AlgorithmSettings, OptimizerSettings, TrainerSettings
+
+Kernels = Literal["torch", "compiled"]
 
 BAR = 1.1
 BEGIN, END = "<!-- exact_price: begin -->", "<!-- exact_price: end -->"
@@ -83,6 +92,7 @@ class Side:
     spec: ArchSpec
     dtype: torch.dtype
     numerics: Numerics
+    decode_library: Path | None
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"rollout": [], "train": []})
 
     def __post_init__(self) -> None:
@@ -106,7 +116,11 @@ class Side:
 
     async def _roll_out(self, job: Job, number: int) -> TrainBatch:
         settings = EngineSettings(
-            max_context_len=job.prompt + job.response, seed=number, dtype=self.dtype, numerics=self.numerics
+            max_context_len=job.prompt + job.response,
+            seed=number,
+            dtype=self.dtype,
+            numerics=self.numerics,
+            decode_library=self.decode_library,
         )
         engine = NativeEngine(self.spec, settings)
         await engine.share_weights(self.trainer.decoder, version=number)
@@ -149,10 +163,23 @@ class Row:
         return self.ratio <= BAR and self.exact_gap == 0
 
 
-def price(job: Job, dtype: torch.dtype, steps: int) -> Row:
+def both_modes(kernels: Kernels, spec: ArchSpec, dtype: torch.dtype) -> dict[str, Side]:
+    """One side of each mode, in torch or compiled."""
+    if kernels == "torch":
+        numerics = {"fast": FAST, "exact": find_exact_numerics(spec, dtype)}
+        return {mode: Side(spec, dtype, how, None) for mode, how in numerics.items()}
+    compiler = read_compiler()
+    assert compiler is not None, "a machine without a compiler has --kernels torch"
+    library = Library(training.library(compiler.path))
+    compiled = {"fast": CompiledNumerics(library), "exact": CompiledExactNumerics(library)}
+    decode = decoding.library(compiler.path)
+    return {mode: Side(spec, dtype, how, decode) for mode, how in compiled.items()}
+
+
+def price(job: Job, dtype: torch.dtype, kernels: Kernels, steps: int) -> Row:
     """The first step of each side is not counted."""
     spec = replace(load_spec(resolve_builtin("builtin:sort")), max_position_embeddings=4096)
-    sides = {"fast": Side(spec, dtype, FAST), "exact": Side(spec, dtype, find_exact_numerics(spec, dtype))}
+    sides = both_modes(kernels, spec, dtype)
     gaps = dict.fromkeys(sides, 0.0)
     for number in range(steps + 1):
         for name in sorted(sides, reverse=number % 2 == 1):
@@ -170,6 +197,7 @@ def price(job: Job, dtype: torch.dtype, steps: int) -> Row:
     cells = (
         job.name,
         str(dtype).removeprefix("torch."),
+        kernels,
         f"{1000 * whole['fast']:,.0f}",
         f"{1000 * whole['exact']:,.0f}",
         *(f"{r:.2f}x" for r in (*ratios, ratio)),
@@ -179,17 +207,20 @@ def price(job: Job, dtype: torch.dtype, steps: int) -> Row:
     return Row("| " + " | ".join(cells) + " |", ratio, gaps["exact"])
 
 
-def report(jobs: tuple[Job, ...], dtypes: list[torch.dtype], steps: int) -> tuple[str, list[Row]]:
+def report(
+    jobs: tuple[Job, ...], dtypes: list[torch.dtype], kernels: list[Kernels], steps: int
+) -> tuple[str, list[Row]]:
     """The table with what it was measured on, and its rows."""
     before = load()
-    rows = [price(job, dtype, steps) for dtype in dtypes for job in jobs]
+    pairs = [(d, k) for d in dtypes for k in kernels if k == "torch" or d == torch.float32]
+    rows = [price(job, *pair, steps) for pair in pairs for job in jobs]
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     head = (
         f"{time.strftime('%Y-%m-%d')}, {processor()}, {cores()} cores, {versions}. "
         f"{torch.get_num_threads()} thread(s), median of {steps} steps, load before {before:.1f}.",
         "",
-        "| step | dtype | fast [ms] | exact [ms] | rollout | train | whole step | gap, fast | exact |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| step | dtype | kernels | fast [ms] | exact [ms] | rollout | train | whole | gap, fast | exact |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     )
     missed = sum(not row.met for row in rows)
     judged = "met by every row" if not missed else f"missed by {missed} of {len(rows)} rows"
@@ -203,13 +234,14 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--kernels", choices=["torch", "compiled"], nargs="+", default=["torch", "compiled"])
     parser.add_argument("--job", type=int, nargs="+", default=range(len(JOBS)), help="rows of the table")
     parser.add_argument("--write", type=Path, help="a page with the marks of this table")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     dtypes = [{"fp32": torch.float32, "bf16": torch.bfloat16}[name] for name in options.dtype]
-    text, rows = report(tuple(JOBS[i] for i in options.job), dtypes, options.steps)
+    text, rows = report(tuple(JOBS[i] for i in options.job), dtypes, options.kernels, options.steps)
     print(text)
     if options.write is not None:
         head, found, rest = options.write.read_text().partition(BEGIN)

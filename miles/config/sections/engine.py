@@ -24,5 +24,6 @@ class EngineSection(Section):
 
     decode_kernel: Literal["auto", "torch", "fused"] = "auto"
     """What decodes: `fused`, a kernel compiled on first use, or `torch`. `auto` takes the kernel where there
-    is a compiler and the engine runs in fast fp32 on one CPU thread. The two round differently: a run with
-    one is not repeated bit for bit by a run with the other."""
+    is a compiler and the engine runs in fp32 on one CPU thread; with exact numerics where the training
+    kernel is taken too. The two round differently: a run with one is not repeated bit for bit by a run with
+    the other."""

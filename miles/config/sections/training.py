@@ -49,7 +49,8 @@ class TrainingSection(Section):
     train_kernel: Literal["auto", "torch", "fused"] = "auto"
     """What computes attention of short sequences, narrow experts and norms in the native trainer: `fused`, a
     kernel compiled on first use, or `torch`. `auto` takes the kernel where there is a compiler and the
-    trainer runs in fast fp32 on one CPU thread. The two round differently."""
+    trainer runs in fp32 on one CPU thread. With exact numerics it computes every forward, where the decode
+    kernel is taken too. The two round differently."""
 
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in backward instead of keeping them; default: keep."""
