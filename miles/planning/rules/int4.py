@@ -11,7 +11,6 @@ from miles.planning.scale import plan_layout
 from miles.planning.subject import Subject
 from miles.planning.versions import PACKED_UPDATES_SINCE, older
 
-GROUP = "precision.int4_group_size"
 REPACKED_BY = ("auto", "marlin")
 """Kernels of SGLang's experts whose packing it can undo."""
 
@@ -29,13 +28,11 @@ def groups_over_two_ranks(subject: Subject) -> Iterator[Found]:
     if config.training.backend != "megatron" or training_format(subject) != "int4":
         return
     etp, group = plan_layout(config).etp, config.precision.int4_group_size
-    if spec is not None and spec.moe is not None and spec.moe.intermediate_size % (etp * group):
-        columns = spec.moe.intermediate_size / etp
+    width = spec.moe.intermediate_size if spec is not None and spec.moe is not None else 0
+    if etp > 1 and width % (etp * group):
         yield Found(
-            f"an expert width of {spec.moe.intermediate_size} over ETP {etp} is {columns:g} columns, not a "
-            f"multiple of {group}",
-            GROUP if etp == 1 else "parallel.expert_tensor_parallel_size",
-            f"set {GROUP} to a divisor of {spec.moe.intermediate_size}" if etp == 1 else "",
+            f"an expert width of {width} over ETP {etp} is {width / etp:g} columns, not a multiple of {group}",
+            "parallel.expert_tensor_parallel_size",
         )
 
 
@@ -62,7 +59,7 @@ def dense_int4(subject: Subject) -> Iterator[Found]:
     Severity.ERROR,
     title="packed weights do not get into the server this way",
     cause="SGLang repacks INT4 experts for its kernel, and puts that back before an update: all of them have "
-    "to be sent again, to the one kernel that can undo its packing, and not as a checkpoint on disk",
+    "to be sent again, and of its kernels one can undo its packing",
     fix="leave it out",
 )
 def packed_weights_refused(subject: Subject) -> Iterator[Found]:

@@ -35,7 +35,7 @@ def fake_quantise(policy: PrecisionPolicy | None, module: nn.Module, found: Iter
     """Let `module`, whose parameters have these places, multiply what the policy says from now on.
 
     A range of columns, as tensor parallelism cuts it, is whole groups, or its first forward raises
-    ConfigError (preflight: PRC16).
+    ConfigError (preflight: I43).
     """
     layers: RoundedLayers = {}
     if policy is None:
