@@ -31,7 +31,7 @@ def groups_over_two_ranks(subject: Subject) -> Iterator[Found]:
     width = spec.moe.intermediate_size if spec is not None and spec.moe is not None else 0
     if etp > 1 and width % (etp * group):
         yield Found(
-            f"an expert width of {width} over ETP {etp} is {width / etp:g} columns, not a multiple of {group}",
+            f"experts of {width} columns over ETP {etp}: {width / etp:g} are not whole groups of {group}",
             "parallel.expert_tensor_parallel_size",
         )
 

@@ -177,7 +177,7 @@ MIB = 1024**2
 CASES: dict[str, tuple[Case, Case]] = {
     # rule: (a run it fires on, a run near it that it does not mind)
     "CAP1": (Case("--use-wandb"), Case("--qkv-format thd")),
-    "CAP2": (Case("--rm-type gpqa"), Case("--rm-type math")),
+    "CAP2": (scaled("--attention-dropout 0.1"), scaled("--attention-dropout 0.0")),
     "CAP3": (Case("--train-backend megatron"), Case("--train-backend native --executor inline")),
     "CAP4": (scaled(FP8, on("16xA100")), scaled(FP8, on("16xH100"))),
     "CAP5": (

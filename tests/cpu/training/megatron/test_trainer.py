@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from low_precision_support import Pair
+from low_precision_support import Pair, stacked_spec
 
 from miles.algorithms.importance import ImportanceCorrection
 from miles.algorithms.losses import LossOutput, LossRows, PolicyLossSettings
@@ -142,6 +142,7 @@ def test_an_int4_engine_samples_from_what_is_trained() -> None:
     int4 = NumberFormat("int4")
     both, engine_alone = (Pair(t, int4, make=MegatronTrainer).gap() for t in (int4, NumberFormat("fp32")))
     assert both < 2e-6 < 1e-3 < engine_alone
+    assert Pair(int4, int4, spec=stacked_spec(), make=MegatronTrainer).gap() < 2e-6, "stacked: as split"
 
 
 class Grouped(torch.nn.Module):
