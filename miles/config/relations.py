@@ -26,6 +26,7 @@ NEEDS: dict[str, str | tuple[str, ...]] = {
     "distillation.opd_kl_coef": "distillation.use_opd",
     "distillation.opd_teacher_load": "distillation.use_opd",
     "distillation.opd_teacher_urls": "distillation.use_opd",
+    "distillation.opd_teacher_key": "distillation.opd_teacher_urls",
     "fault_tolerance.rollout_health_check_interval": "fault_tolerance.use_fault_tolerance",
     "fault_tolerance.rollout_health_check_timeout": "fault_tolerance.use_fault_tolerance",
     "fault_tolerance.rollout_health_check_first_wait": "fault_tolerance.use_fault_tolerance",
@@ -143,7 +144,7 @@ EXCLUSIVE = (
         "algorithm.disable_rewards_normalization",
         "the function stands in place of the normalisation",
     ),
-    ("distillation.use_opd", "cluster.colocate", "a teacher stays on the trainer's GPUs"),
+    ("distillation.opd_teacher_load", "cluster.colocate", "a teacher stays on the trainer's GPUs"),
     ("rollout.num_rollout", "rollout.num_epoch", "each of them gives the length of the run"),
     ("rollout.one_step_ahead", "rollout.fully_async", "they are two different schedules"),
     (

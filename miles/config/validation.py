@@ -174,6 +174,13 @@ def validate_teacher(resolved: ResolvedConfig) -> Iterator[Conflict]:
             "neither is set" if given.opd_teacher_load is None else "both are set",
             "add --opd-teacher-load CHECKPOINT, or --opd-teacher-urls http://host:port",
         )
+    elif given.opd_teacher_urls and resolved.config.rollout.rollout_temperature != 1.0:
+        yield Conflict(
+            (f"distillation.{urls}", "rollout.rollout_temperature"),
+            "a served teacher needs rollout_temperature = 1",
+            "its log-probs are those of temperature 1, and the student's are those of the rollout",
+            "leave --rollout-temperature out, or use --opd-teacher-load",
+        )
     elif kind is not None and kind != ("sglang" if given.opd_teacher_urls else backend):
         yield Conflict(
             ("distillation.opd_type", f"distillation.{urls if given.opd_teacher_urls else load}"),

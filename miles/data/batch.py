@@ -202,6 +202,7 @@ def pack(samples: Sequence[Sample], reward_key: str | None = None) -> TrainBatch
         group_index=_ids([s.group_index for s in samples]),
         rollout_ids=_ids([s.rollout_id for s in samples]),
         routes=_route_rows(samples),
+        teacher_log_probs=responses.teacher_log_probs(),
         weight_versions=responses.weight_versions(),
     )
     batch.validate()
@@ -238,6 +239,13 @@ class _Responses:
             else s.rollout_log_probs
             for s in self.samples
         ]
+        return self._spread(parts, np.full(len(self.rows_T), np.nan, np.float32))
+
+    def teacher_log_probs(self) -> np.ndarray | None:
+        """None where a sample has none."""
+        parts = [s.teacher_log_probs for s in self.samples if s.teacher_log_probs is not None]
+        if len(parts) < len(self.samples):
+            return None
         return self._spread(parts, np.full(len(self.rows_T), np.nan, np.float32))
 
     def weight_versions(self) -> np.ndarray | None:

@@ -99,6 +99,8 @@ class Sample:
     metadata: dict[str, Any] = field(default_factory=dict)
     rollout_log_probs: np.ndarray | None = None
     """float32 [response_length], at the sampling temperature; NaN where the token was not sampled."""
+    teacher_log_probs: np.ndarray | None = None
+    """float32 [response_length], of a served teacher in a distillation."""
     rollout_routed_experts: np.ndarray | None = None
     """int16 [len(tokens) - 1, num_moe_layers, top_k], published expert ids; -1 where not recorded."""
     weight_versions: list[tuple[int, int]] = field(default_factory=list)
@@ -298,6 +300,8 @@ class Sample:
             record["rollout_log_probs"] = [
                 None if math.isnan(x) else x for x in self.rollout_log_probs.tolist()
             ]
+        if self.teacher_log_probs is not None:
+            record["teacher_log_probs"] = self.teacher_log_probs.tolist()
         if self.rollout_routed_experts is not None:
             record["rollout_routed_experts"] = route_codec.to_json(self.rollout_routed_experts)
         if not routes:
@@ -318,6 +322,8 @@ class Sample:
         if values.get("rollout_log_probs") is not None:
             log_probs = [math.nan if x is None else x for x in values["rollout_log_probs"]]
             values["rollout_log_probs"] = np.array(log_probs, dtype=np.float32)
+        if values.get("teacher_log_probs") is not None:
+            values["teacher_log_probs"] = np.array(values["teacher_log_probs"], dtype=np.float32)
         if values.get("rollout_routed_experts") is not None:
             values["rollout_routed_experts"] = route_codec.from_json(values["rollout_routed_experts"])
         return cls(**values)

@@ -16,6 +16,7 @@ from miles.rollout.collect import CollectSettings, Generate, Group, Score, colle
 from miles.rollout.custom import Surroundings, generate_group_with
 from miles.rollout.engine import GenerationClient
 from miles.rollout.generate import EVAL_ROLLOUT_ID, GenerationSettings, generate_group
+from miles.rollout.served_teacher import ServedTeachers
 from miles.rollout.statistics import rollout_metrics
 
 REWARD = "rollout/raw_reward"
@@ -65,6 +66,7 @@ class RolloutWorker:
         eval_reward_key: str | None = None,
         custom: CustomGeneration | None = None,
         shaping: Shaping | None = None,
+        teachers: ServedTeachers | None = None,
     ) -> None:
         self.engine = engine
         self.prompts = prompts
@@ -78,6 +80,7 @@ class RolloutWorker:
         self._eval_reward_key = eval_reward_key
         self._custom = custom
         self._shaping = shaping
+        self._teachers = teachers
         self.step = 0
         """The one whose samples were drawn last."""
 
@@ -98,6 +101,10 @@ class RolloutWorker:
             await self._shaping.filter(rollout.groups)
         samples = _with_reward(rollout.groups)
         shaped = {} if self._shaping is None else await self._shaping.shape(samples)
+        if self._teachers is not None:
+            asked = time.perf_counter()
+            await self._teachers.advise(samples)
+            shaped["perf/teacher_log_probs_time"] = time.perf_counter() - asked
         seconds = time.perf_counter() - started
         generated = sum(sample.response_length for sample in samples)
         speed = {"perf/rollout_time": seconds, "perf/rollout_tokens_per_sec": generated / seconds}

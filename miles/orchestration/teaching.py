@@ -1,4 +1,4 @@
-"""The teacher of an on-policy distillation, loaded beside the policy."""
+"""The teacher of an on-policy distillation: loaded beside the policy, or behind an address."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 from miles.arch import load_spec
+from miles.config import RunConfig
 from miles.errors import ConfigError, MilesError
 from miles.orchestration.run_model import read_weights
 from miles.orchestration.train_worker import AnyTrainer
+from miles.rollout.served_teacher import ServedTeachers
 
 
 def teach(trainer: AnyTrainer, teacher: Path, student: Path) -> None:
@@ -19,6 +21,13 @@ def teach(trainer: AnyTrainer, teacher: Path, student: Path) -> None:
     spec = load_spec(teacher).policy
     _require_one_vocabulary(teacher, spec.vocab_size, student, trainer.spec.vocab_size)
     trainer.load_teacher(spec, read_weights(teacher, spec))
+
+
+def served_teachers(config: RunConfig) -> ServedTeachers | None:
+    """The teachers behind addresses, where the run has such."""
+    given = config.distillation
+    kind = given.opd_type or ("sglang" if given.opd_teacher_urls else None)
+    return ServedTeachers(given.opd_teacher_urls, given.opd_teacher_key) if kind == "sglang" else None
 
 
 def _require_one_vocabulary(teacher: Path, size: int, student: Path, own_size: int) -> None:

@@ -26,7 +26,7 @@ from miles.orchestration.reward_shaping import Shaping
 from miles.orchestration.rollout_worker import CustomGeneration, RolloutWorker
 from miles.orchestration.run_model import read_weights
 from miles.orchestration.supervisor import Supervisor
-from miles.orchestration.teaching import teach
+from miles.orchestration.teaching import served_teachers, teach
 from miles.orchestration.train_worker import AnyTrainer, TrainWorker
 from miles.orchestration.turns import NoTurns, Turns
 from miles.orchestration.weight_sync import WeightSync
@@ -159,6 +159,7 @@ def build_sampling(
         eval_reward_key=config.reward.eval_reward_key or config.reward.reward_key,
         custom=_custom_generation(config, engine, tokenizer),
         shaping=Shaping.of(config, plan),
+        teachers=served_teachers(config),
     )
     use_buffer_filter(worker.prompts, config, lambda: worker.step)
     return worker

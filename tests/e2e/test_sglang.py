@@ -38,6 +38,7 @@ from miles.planning.facts.server import ENVIRONMENT
 from miles.record import RunReader
 from miles.rollout.engine import GenerateOutput, GenerateRequest, SamplingParams
 from miles.rollout.native.engine import EngineSettings, NativeEngine
+from miles.rollout.served_teacher import ServedTeachers
 from miles.rollout.sglang.engine import SglangEngine, SglangSettings
 from miles.rollout.sglang.probe import probe
 from miles.rollout.sglang.server import ServerProcess
@@ -94,6 +95,30 @@ def moved(checkpoint: Path, seed: int) -> list[tuple[str, torch.Tensor]]:
         (name, tensor + 0.02 * torch.randn(tensor.shape, generator=generator))
         for name, tensor in read_hf(checkpoint)
     ]
+
+
+def test_a_served_teacher_gives_the_trainers_log_probs(
+    engine: SglangEngine, server: ServerProcess, spec: ArchSpec, checkpoint: Path
+) -> None:
+    """Of other weights than those that sampled: nothing is generated, the responses are only read."""
+    weights = moved(checkpoint, seed=3)
+
+    async def scenario() -> list[Sample]:
+        await engine.receive_weights(moved(checkpoint, seed=4), version=1)
+        asked = requests(6)
+        outputs = await engine.generate(asked)
+        samples = [sample_of(i, *pair) for i, pair in enumerate(zip(asked, outputs, strict=True))]
+        await engine.receive_weights(weights, version=2)
+        await ServedTeachers([server.url], "teacher").advise(samples)
+        return samples
+
+    batch = pack(settle(scenario()))
+    trainer = NativeTrainer(spec, TrainerSettings())
+    trainer.load_teacher(spec.policy, weights)
+    assert trainer.teacher is not None and batch.teacher_log_probs is not None
+    expected, trained = trainer.teacher.log_probs(batch), batch.loss_mask > 0
+    np.testing.assert_allclose(batch.teacher_log_probs[trained], expected[trained], atol=1e-4)
+    assert np.abs(expected - batch.rollout_log_probs)[trained].max() > 1e-2, "the teacher is another model"
 
 
 def test_a_server_listens_on_loopback_only(server: ServerProcess) -> None:

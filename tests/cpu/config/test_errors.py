@@ -201,6 +201,10 @@ CONFLICTS = [
     ("--use-opd", "use_opd needs one teacher"),
     ("--use-opd --opd-teacher-load a --opd-teacher-urls b:1", "use_opd needs one teacher"),
     ("--use-opd --opd-teacher-load a --opd-type sglang", 'opd_type = "sglang" does not fit the teacher'),
+    (
+        "--use-opd --opd-teacher-urls a:1 --rollout-temperature 0.7",
+        "a served teacher needs rollout_temperature = 1",
+    ),
     ("--opd-teacher-load a", "has no effect without distillation.use_opd"),
     ("--rm-type remote_rm", "come together"),
     ("--rm-url http://a:1", "come together"),

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ async def score(samples: Sequence[Sample]) -> list[float]:
     return [1.0 for _ in samples]
 
 
-def worker(path: Path, engine: ScriptedEngine) -> RolloutWorker:
+def worker(path: Path, engine: ScriptedEngine, **more: Any) -> RolloutWorker:
     prompts = PromptSource(
         parse_data_path(str(path)),
         PromptFormat(Tokens(), False),  # type: ignore[arg-type]
@@ -87,6 +88,7 @@ def worker(path: Path, engine: ScriptedEngine) -> RolloutWorker:
         detokenize=str,
         generation=GenerationSettings(sampling=SamplingParams(max_new_tokens=10), max_context_len=20),
         settings=CollectSettings(rollout_batch_size=4, over_sampling_batch_size=4),
+        **more,
     )
 
 
@@ -106,6 +108,23 @@ def test_the_second_epoch_begins_with_the_longest_also_after_a_resume(tmp_path: 
         assert [sample.tokens[0] for sample in samples] == [1, 1, 2, 2, 3, 3, 4, 4], (
             "samples keep their order"
         )
+
+
+class Praise:
+    """A teacher that is sure of everything."""
+
+    async def advise(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            sample.teacher_log_probs = np.zeros(sample.response_length, dtype=np.float32)
+
+
+def test_a_served_teacher_reads_what_is_trained_on(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"input": str(prompt)}) + "\n" for prompt in LENGTHS))
+    taught = worker(path, ScriptedEngine(), teachers=Praise())
+    rollout = asyncio.run(taught.collect(1))
+    assert all(sample.teacher_log_probs is not None for sample in rollout.samples)
+    assert rollout.metrics["perf/teacher_log_probs_time"] >= 0
 
 
 def held_worker(tmp_path: Path, name: str) -> RolloutWorker:

@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from miles import patient_client
 from miles.data.sample import Sample, SampleStatus
 from miles.errors import ConfigError, Unavailable
-from miles.rewards import remote
 from miles.rewards.outcome import Outcome, RewardFailure
 from miles.rewards.remote import RemoteReward
 from miles.rewards.scorer import build_scorer
@@ -84,7 +84,7 @@ def test_every_response_is_one_question(server: RewardServer) -> None:
 
 
 def test_questions_at_a_time_are_bounded(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "IN_FLIGHT", 3)
+    monkeypatch.setattr(patient_client, "IN_FLIGHT", 3)
     assert judged(server.url, *("a" * 40)) == [0.5] * 40
     assert server.most_busy <= 3
 
