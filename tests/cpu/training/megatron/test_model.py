@@ -111,8 +111,15 @@ CASES |= {
     | LATENT
     | SHARED,
 }
-MADE = ("gemma2", "gemma3_text", "gemma3", "llama4_text")
-"""Of `tests/cpu/families/tiny_checkpoints.py`: windows or chunks of 5 or 6 tokens; gemma3 has a tower."""
+MADE: dict[str, dict[str, Any]] = {
+    "gemma2": {},
+    "gemma3_text": {},
+    "gemma3": {},
+    "llama4_text": {},
+    "llama4": {"num_experts_per_tok": 1},
+}
+"""Of `tests/cpu/families/tiny_checkpoints.py`: windows or chunks of 5 or 6 tokens, two with a tower; and
+what is changed of them."""
 LENGTHS = (7, 1, 40, 12)
 
 
@@ -132,7 +139,8 @@ def made(case: dict[str, Any] | str, directory: Path) -> tuple[Decoder, Any]:
     if isinstance(case, str):
         from tests.cpu.families.tiny_checkpoints import CASES as MADE_BY_TRANSFORMERS
 
-        reference = MADE_BY_TRANSFORMERS[case].save(directory)
+        given = MADE_BY_TRANSFORMERS[case]
+        reference = replace(given, inside=given.inside | MADE[case]).save(directory)
         decoder = Decoder(load_spec(directory))
         load_published(decoder, read_hf(directory))
         return decoder, reference

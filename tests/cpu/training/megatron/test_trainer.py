@@ -160,7 +160,7 @@ class Grouped(torch.nn.Module):
 
 def test_grouped_experts_are_rounded_and_keep_their_parameters(spec: ArchSpec) -> None:
     open_groups(MegatronLayout(), spec.num_layers)
-    from miles.training.megatron.places import Piece, Place
+    from miles.training.megatron.pieces import Piece, Place
     from miles.training.megatron.rounded_weights import fake_quantise
 
     model = torch.nn.Module()
