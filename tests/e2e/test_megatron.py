@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from e2e_support import Cli, summary_of
 
@@ -13,8 +11,7 @@ pytest.importorskip("megatron.core")
 pytestmark = pytest.mark.slow
 
 
-def test_the_quickstart_learns_on_megatron(tmp_path: Path) -> None:
-    cli = Cli(tmp_path / "cache", tmp_path / "runs")
+def test_the_quickstart_learns_on_megatron(cli: Cli) -> None:
     done = cli(
         *("train", "--profile", "quickstart", "--set", "training.backend=megatron", "--num-rollout", "20"),
         *("--eval-prompt-data", "sort", "builtin:sort/test@[0:64]"),

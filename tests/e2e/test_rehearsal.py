@@ -17,9 +17,8 @@ PROFILE = "qwen3-moe-fp8"
 PYTHON = Path(__file__).parents[2] / ENVIRONMENT / "bin" / "python"
 
 
-def rehearsed(directory: Path, *flags: str, profile: str = PROFILE) -> tuple[Path, dict[str, object]]:
+def rehearsed(cli: Cli, *flags: str, profile: str = PROFILE) -> tuple[Path, dict[str, object]]:
     """The run directory and its plan, once the run has trained three times and can be diagnosed."""
-    cli = Cli(directory / "cache", directory / "runs")
     done = cli("train", "--profile", profile, "--rehearse", *flags)
     assert done.returncode == 0, done.stderr
     run = cli.only_run()
@@ -36,9 +35,9 @@ def rehearsed(directory: Path, *flags: str, profile: str = PROFILE) -> tuple[Pat
 
 
 @pytest.mark.slow
-def test_megatron_rehearses_a_cluster_profile_with_the_native_engine(tmp_path: Path) -> None:
+def test_megatron_rehearses_a_cluster_profile_with_the_native_engine(cli: Cli, tmp_path: Path) -> None:
     nowhere = ("--server-python", str(tmp_path / "no" / "python"))
-    _, plan = rehearsed(tmp_path, *nowhere)
+    _, plan = rehearsed(cli, *nowhere)
     changes = {change["setting"]: change for change in plan["rehearsal"]}  # type: ignore[attr-defined]
     assert plan["engine"] == "native" and plan["rollout_format"] == "fp8"
     assert "make sglang-cpu" in changes["rollout.backend"]["why"]
@@ -46,26 +45,26 @@ def test_megatron_rehearses_a_cluster_profile_with_the_native_engine(tmp_path: P
 
 
 @pytest.mark.slow
-def test_megatron_rehearses_a_model_of_windows_over_two_ranks(tmp_path: Path) -> None:
+def test_megatron_rehearses_a_model_of_windows_over_two_ranks(cli: Cli, tmp_path: Path) -> None:
     nowhere = ("--server-python", str(tmp_path / "no" / "python"))
-    run, _ = rehearsed(tmp_path, *nowhere, profile="gemma-3-12b")
+    run, _ = rehearsed(cli, *nowhere, profile="gemma-3-12b")
     parallel = json.loads((run / "config.json").read_text())["values"]["parallel"]
     assert (parallel["tensor_model_parallel_size"], parallel["sequence_parallel"]) == (2, True)
 
 
 @pytest.mark.slow
-def test_megatron_rehearses_int4_on_both_sides(tmp_path: Path) -> None:
+def test_megatron_rehearses_int4_on_both_sides(cli: Cli, tmp_path: Path) -> None:
     nowhere = ("--server-python", str(tmp_path / "no" / "python"))
-    run, plan = rehearsed(tmp_path, *nowhere, profile="deepseek-v3-int4-single-node")
+    run, plan = rehearsed(cli, *nowhere, profile="deepseek-v3-int4-single-node")
     assert (plan["engine"], plan["rollout_format"]) == ("native", "int4")
     rows = [row for row in RunReader(run).rows() if row.step]
     assert all(0.05 < row.metrics["precision/weight_error"] < 0.15 for row in rows), "the trainer rounds too"
 
 
 @pytest.mark.scale
-def test_megatron_rehearses_a_cluster_profile_with_a_real_sglang_server(tmp_path: Path) -> None:
+def test_megatron_rehearses_a_cluster_profile_with_a_real_sglang_server(cli: Cli) -> None:
     if not PYTHON.exists():
         pytest.skip("make sglang-cpu")
-    run, plan = rehearsed(tmp_path, "--server-python", str(PYTHON))
+    run, plan = rehearsed(cli, "--server-python", str(PYTHON))
     assert plan["engine"] == "sglang"
     assert list((run / "logs").glob("server-*.log"))
