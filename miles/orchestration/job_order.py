@@ -103,8 +103,8 @@ def write_order(
 
 def _named_files(config: RunConfig) -> Iterator[Path]:
     """Files that the run names relative to the launcher's working directory and that lie below it."""
-    given = config.model_dump()
-    hooks = [given[section][name] for section, _, name in (hook.partition(".") for hook in HOOKS)]
+    parts = (hook.partition(".") for hook in HOOKS)
+    hooks = [getattr(getattr(config, section), name) for section, _, name in parts]
     named = [
         config.data.prompt_data,
         *config.eval.eval_prompt_data[1::2],

@@ -73,8 +73,20 @@ def _model(config: RunConfig, directory: str, prompts: str) -> Iterator[Change]:
     yield _change(config, "model.hf_checkpoint", directory, made)
     for setting in ("model.model_name", "model.load", "model.ref_load"):
         yield _change(config, setting, None, made)
+    if config.distillation.use_opd:
+        yield from _without_teacher(config)
     yield _change(config, "data.prompt_data", prompts, "small sums, in the profile's columns")
     yield _change(config, "eval.eval_prompt_data", (), "a rehearsal measures nothing")
+
+
+def _without_teacher(config: RunConfig) -> Iterator[Change]:
+    why = "a teacher of the real model cannot read the small one's tokens"
+    yield _change(config, "distillation.use_opd", False, why)
+    yield _change(config, "distillation.opd_type", None, why)
+    yield _change(config, "distillation.opd_teacher_load", None, why)
+    yield _change(config, "distillation.opd_teacher_urls", (), why)
+    yield _change(config, "distillation.opd_teacher_key", "opd_teacher", why)
+    yield _change(config, "distillation.opd_kl_coef", 1.0, why)
 
 
 def _rollout(config: RunConfig) -> Iterator[Change]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miles.config import RunConfig
+from miles.config.relations import HOOKS
 from miles.data.tasks import is_builtin
 
 
@@ -30,6 +31,7 @@ def _named(config: RunConfig) -> Iterator[MissingPath]:
     named = (
         ("model.load", model.load),
         ("model.ref_load", model.ref_load),
+        ("distillation.opd_teacher_load", config.distillation.opd_teacher_load),
         ("sglang.speculative_draft_model_path", config.sglang.speculative_draft_model_path),
     )
     for setting, checkpoint in named:
@@ -37,11 +39,9 @@ def _named(config: RunConfig) -> Iterator[MissingPath]:
             yield MissingPath(setting, checkpoint, "a directory")
     if template is not None:
         yield MissingPath("data.chat_template_path", template, "a file")
-    hooks = (
-        ("reward.custom_rm_path", config.reward.custom_rm_path),
-        ("rollout.custom_generate_function_path", config.rollout.custom_generate_function_path),
-    )
-    for setting, hook in hooks:
+    for setting in HOOKS:
+        section, _, name = setting.partition(".")
+        hook = getattr(getattr(config, section), name)
         if hook is not None and ".py:" in hook:
             yield MissingPath(setting, hook.rpartition(":")[0], "a file")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,4 +134,7 @@ def test_a_function_of_the_users_stands_in_place() -> None:
     )
     output = policy_loss(loss_rows, PolicyLossSettings(custom_correction=halved))
     assert output.loss.item() == pytest.approx(-0.25)
+    own_weights = replace(loss_rows, pg_weights_T=torch.tensor([3.0, 5.0]))
+    rejecting = policy_loss(own_weights, PolicyLossSettings(custom_correction=halved))
+    assert rejecting.loss.item() == pytest.approx(-1.5), "weights of one's own, and the first token alone"
     assert output.metrics["custom/one"] == 1

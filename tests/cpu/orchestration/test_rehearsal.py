@@ -102,3 +102,14 @@ def test_int4_is_rehearsed_on_both_sides_or_on_none(tmp_path: Path) -> None:
 def test_a_run_without_gpus_has_nothing_to_rehearse() -> None:
     with pytest.raises(ConfigError, match="nothing to rehearse"):
         rehearse(resolve("quickstart"))
+
+
+def test_a_teacher_a_reward_server_and_the_overlong_buffer_stay_at_home() -> None:
+    flags = (
+        "--use-opd --opd-teacher-urls http://teacher:80 --opd-kl-coef 0.5 --overlong-buffer-len 4096 "
+        "--rm-type remote_rm --rm-url http://rewards:80"
+    )
+    changed, changes, _ = planned("qwen3-moe-fp8", flags)
+    assert not changed.config.distillation.use_opd
+    assert changed.config.reward.rm_url is None
+    assert changes["reward.overlong_buffer_len"].new == changed.config.rollout.rollout_max_response_len

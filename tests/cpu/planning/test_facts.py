@@ -14,6 +14,7 @@ from miles.config import parse_flags, resolve
 from miles.data.tasks import sort
 from miles.planning import Facts, collect_facts
 from miles.planning.facts.checkpoint import read_checkpoint
+from miles.planning.facts.files import missing_paths
 from miles.planning.facts.machine import read_machine
 
 
@@ -149,3 +150,17 @@ def test_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.disk_free_bytes > 0
     assert machine.variable("OMP_NUM_THREADS") == "3"
     assert machine.variable("CUDA_DEVICE_MAX_CONNECTIONS") is None
+
+
+def test_missing_hooks_and_teachers_are_named(tmp_path: Path) -> None:
+    there = tmp_path / "mine.py"
+    there.write_text("")
+    words = (
+        f"--use-opd --opd-teacher-load {tmp_path}/teacher --rollout-sample-filter-path {tmp_path}/gone.py:f "
+        f"--custom-reward-post-process-path {there}:f"
+    )
+    config = resolve(flags=parse_flags(words.split())).config
+    assert [missing.setting for missing in missing_paths(config)] == [
+        "distillation.opd_teacher_load",
+        "rollout.rollout_sample_filter_path",
+    ]

@@ -47,7 +47,7 @@ def test_a_table_is_shaped_at_its_key() -> None:
 
 
 def test_samples_of_one_rollout_share_the_penalty_of_the_longest() -> None:
-    samples = [sample(4, 1.0, rollout_id=3), sample(10, 1.0, rollout_id=3), sample(4, 1.0, rollout_id=4)]
+    samples = [sample(10, 1.0, rollout_id=3), sample(4, 1.0, rollout_id=3), sample(4, 1.0, rollout_id=4)]
     penalize_overlong(samples, OverlongPenalty(10, 4))
     assert [s.shaped_reward for s in samples] == [0.0, 0.0, 1.0]
 
