@@ -256,10 +256,18 @@ def prompts_too_long(subject: Subject) -> Iterator[Found]:
     fix="set --rm-type exact, --rm-type math, or --custom-rm-path package.module.function",
 )
 def reward_unset(subject: Subject) -> Iterator[Found]:
-    reward = subject.config.reward
-    needed = subject.config.algorithm.loss_type != "sft_loss" and not subject.config.distillation.use_opd
-    if needed and not (reward.rm_type or reward.custom_rm_path):
+    config, reward = subject.config, subject.config.reward
+    if config.algorithm.loss_type == "sft_loss" or reward.rm_type or reward.custom_rm_path:
+        return
+    if not config.distillation.use_opd:
         yield Found("rm_type and custom_rm_path are both unset", "reward.rm_type")
+    elif config.eval.eval_prompt_data:
+        yield Found(
+            "a teacher advises in training, and judges no evaluation",
+            "eval.eval_prompt_data",
+            "leave --eval-prompt-data out, or set --rm-type and let --custom-reward-post-process-path return "
+            "zeros for training",
+        )
 
 
 @rule(

@@ -768,6 +768,15 @@ def test_rule_stays_quiet(rule: str, resolved: Make, facts: Facts) -> None:
     assert rule not in {finding.rule for finding in findings}
 
 
+def test_a_teacher_stands_for_a_reward_but_judges_no_evaluation(resolved: Make, facts: Facts) -> None:
+    def refused(flags: str) -> list[str]:
+        findings = preflight(resolved(f"--use-opd --opd-teacher-urls a:1 {flags}", "--rm-type"), facts)
+        return [finding.what for finding in findings if finding.rule == "REW1"]
+
+    assert refused("") == []
+    assert "no evaluation" in refused("--eval-prompt-data a a.jsonl")[0]
+
+
 def test_errors_come_before_warnings(resolved: Make, facts: Facts) -> None:
     findings = preflight(resolved("--lr 0 --use-wandb --threads 2"), facts)
     assert [finding.severity for finding in findings] == [
