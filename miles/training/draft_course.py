@@ -81,6 +81,15 @@ class DraftCourse:
         cu_seqlens = micro_batch.cu_seqlens_N1.cpu().numpy()
         return list(lessons(batch, micro_batch.packed_rows, cu_seqlens, self.depths))
 
+    @staticmethod
+    def chain_inputs(
+        taught: Sequence[Lesson], batch: TrainBatch, micro_batch: MicroBatch, device: torch.device
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """What a chain reads beside hidden states: tokens [P] and rows [R] by depth, and positions [P]."""
+        tokens = [torch.from_numpy(lesson.tokens).to(device) for lesson in taught]
+        rows = [torch.from_numpy(lesson.rows).to(device) for lesson in taught]
+        return tokens, rows, torch.from_numpy(batch.positions[micro_batch.packed_rows]).to(device)
+
     def backward(
         self,
         update: DraftUpdate,

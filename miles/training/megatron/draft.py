@@ -56,13 +56,10 @@ class DraftTraining:
     ) -> None:
         """Forward and backward of one micro-batch, on the last stage, right after the trunk's forward."""
         assert self.draft is not None and self._embedding is not None
-        device = hidden_t1D.device
         taught = self._course.lessons(batch, micro_batch)
         features = self.draft.chain(
             micro_batch.unshared(hidden_t1D),
-            [torch.from_numpy(lesson.tokens).to(device) for lesson in taught],
-            [torch.from_numpy(lesson.rows).to(device) for lesson in taught],
-            torch.from_numpy(batch.positions[micro_batch.packed_rows]).to(device),
+            *self._course.chain_inputs(taught, batch, micro_batch, hidden_t1D.device),
             micro_batch.cu_seqlens_N1,
             self._embedding,
         )

@@ -8,19 +8,16 @@ state has the parameter's shape, with zeros outside the range, and all ranks giv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.optimizer import MasterAdam
-from miles.training.settings import OptimizerSettings
 
 MASTER_STATE = "param"
 """What the distributed optimizer calls a master."""
@@ -29,15 +26,8 @@ MASTER_STATE = "param"
 class ShardedAdam(MasterAdam):
     """AdamW whose fp32 masters and moments are dealt out over data-parallel ranks."""
 
-    def __init__(
-        self,
-        chunks: Sequence[DistributedDataParallel],
-        settings: OptimizerSettings,
-        dtype: torch.dtype,
-        layout: MegatronLayout,
-    ) -> None:
-        self._staged: dict[tuple[nn.Parameter, str], Tensor] | None = None
-        super().__init__(chunks, settings, dtype, layout)
+    _staged: dict[tuple[nn.Parameter, str], Tensor] | None = None
+    """Whole states, while they are filled from a checkpoint."""
 
     def _make_state(self) -> None:
         """A step over no gradients makes the state, whoever holds it; weights are loaded afterwards."""

@@ -47,14 +47,11 @@ class DraftTraining:
         """Forward and backward of one micro-batch, right after the trunk's forward: its embedding and head
         must still be whole.
         """
-        device = hidden_TD.device
         cu_seqlens = micro_batch.cu_seqlens_N1
         taught = self._course.lessons(batch, micro_batch)
         features = self.draft.chain(
             micro_batch.unshared(hidden_TD),
-            [torch.from_numpy(lesson.tokens).to(device) for lesson in taught],
-            [torch.from_numpy(lesson.rows).to(device) for lesson in taught],
-            torch.from_numpy(batch.positions[micro_batch.packed_rows]).to(device),
+            *self._course.chain_inputs(taught, batch, micro_batch, hidden_TD.device),
             UnrolledAttention(self.draft.numerics.packed_attention(cu_seqlens), cu_seqlens),
             decoder,
         )

@@ -26,19 +26,9 @@ from miles.training.native.trainer import NativeTrainer
 from miles.training.settings import AlgorithmSettings, OptimizerSettings, TrainerSettings
 from miles.weights.hf import read_hf, write_hf
 from miles.weights.native_map import to_published
+from tests.cpu.training.megatron.test_model import BASE
 
-SIZES = {
-    "vocab_size": 53,
-    "hidden_size": 24,
-    "intermediate_size": 28,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 64,
-    "rope_theta": 1e4,
-    "initializer_range": 0.3,
-}
+SIZES = BASE | {"num_hidden_layers": 2, "max_position_embeddings": 64}
 SHARED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": {"architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "use_qk_norm": True}
