@@ -119,12 +119,29 @@ void miles_attention(const Heads* given, const float* x, float* turned, float* r
     }
 }
 
+// From gradients of turned queries and keys to those of heads: grad_x [tokens, row], whose values are left alone,
+// grad_q_norm and grad_k_norm [d] are overwritten.
+void miles_heads_backward(const Heads* given, const float* grad_turned, const float* x, const float* rstd, float* grad_x,
+                          float* grad_q_norm, float* grad_k_norm) {
+    const Heads& h = *given;
+    const int64_t d = h.d;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
+    if (h.q_norm) std::memset(grad_q_norm, 0, d * 4);
+    if (h.k_norm) std::memset(grad_k_norm, 0, d * 4);
+    for (int64_t t = 0; t < h.tokens; t++)
+        for (int64_t n = 0; n < h.queries + h.keys; n++) {
+            const bool query = n < h.queries;
+            place_backward(grad_x + t * h.row() + n * d, query ? grad_q_norm : grad_k_norm,
+                           grad_turned + t * h.turned_row() + n * d, x + t * h.row() + n * d, query ? h.q_norm : h.k_norm,
+                           h.rotation + t * d, rstd[t * (h.queries + h.keys) + n], query ? scale : 1.0f, d);
+        }
+}
+
 // grad_x [tokens, row], grad_q_norm and grad_k_norm [d]: overwritten.
 void miles_attention_backward(const Heads* given, const float* grad, const float* x, const float* turned, const float* rstd,
                               const float* log_sums, const float* out, float* grad_x, float* grad_q_norm, float* grad_k_norm) {
     const Heads& h = *given;
     const int64_t d = h.d, group = h.queries / h.keys, most = widest(h);
-    const float scale = 1.0f / std::sqrt(static_cast<float>(d));
     Buffer grad_turned(h.tokens * h.turned_row()), keys_across(most * d), values_across(most * d);
     Buffer weights(most), grad_scores(most), grad_keys(most * d), grad_values(most * d);
     std::memset(grad_x, 0, h.tokens * h.row() * 4);
@@ -169,14 +186,6 @@ void miles_attention_backward(const Heads* given, const float* grad, const float
             }
         }
     }
-    if (h.q_norm) std::memset(grad_q_norm, 0, d * 4);
-    if (h.k_norm) std::memset(grad_k_norm, 0, d * 4);
-    for (int64_t t = 0; t < h.tokens; t++)
-        for (int64_t n = 0; n < h.queries + h.keys; n++) {
-            const bool query = n < h.queries;
-            place_backward(grad_x + t * h.row() + n * d, query ? grad_q_norm : grad_k_norm,
-                           grad_turned + t * h.turned_row() + n * d, x + t * h.row() + n * d, query ? h.q_norm : h.k_norm,
-                           h.rotation + t * d, rstd[t * (h.queries + h.keys) + n], query ? scale : 1.0f, d);
-        }
+    miles_heads_backward(given, grad_turned, x, rstd, grad_x, grad_q_norm, grad_k_norm);
 }
 }

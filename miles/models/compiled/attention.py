@@ -12,10 +12,13 @@ from torch import Tensor
 from miles.arch.spec import AttentionSpec
 from miles.models.attention import Attention
 from miles.models.compiled.library import Heads, Library, addresses, plain
+from miles.models.segment_attention import SegmentAttention
 from miles.models.sparse_attention import SparseAttention
 
 HEAD_STEP = 16
 """Head widths that are whole vectors on every machine."""
+MOST_VISIBLE = 384
+"""Tokens; gradients of longer sequences are quicker in torch's blocked kernel."""
 
 
 class CompiledAttention:
@@ -105,8 +108,38 @@ class CompiledAttention:
     def backward(
         self, described: Heads, grad: Tensor, tensors: tuple[Tensor, ...], out: list[Tensor]
     ) -> None:
-        """Gradients of heads and of both norms into `out`."""
-        self._library.attention_backward(described, *addresses(grad, *tensors, *out))
+        """Gradients of heads and of both norms into `out`; `tensors`: heads and what `forward` gave."""
+        if self._most_visible > MOST_VISIBLE:
+            self._backward_in_blocks(described, grad, tensors, out)
+        else:
+            self._library.attention_backward(described, *addresses(grad, *tensors, *out))
+
+    def _backward_in_blocks(
+        self, described: Heads, grad: Tensor, tensors: tuple[Tensor, ...], out: list[Tensor]
+    ) -> None:
+        """The same with torch's kernel between the turned heads and the result."""
+        heads, turned, rstd, log_sums, result = tensors
+        queries, keys, d = described.queries, described.keys, described.d
+        q, k = turned.view(-1, queries + keys, d).split_with_sizes((queries, keys), 1)
+        v = heads.view(-1, queries + 2 * keys, d)[:, queries + keys :]
+        in_heads = (x.view(-1, queries, d) for x in (grad, result))
+        # That kernel scales scores itself; these queries are scaled already.
+        grads = self._blocks.backward(next(in_heads), q * d**0.5, k, v, next(in_heads), log_sums)
+        grad_turned = torch.cat((grads[0] * d**0.5, grads[1]), 1)
+        out[0].view(-1, queries + 2 * keys, d)[:, queries + keys :] = grads[2]
+        self._library.heads_backward(described, *addresses(grad_turned, heads, rstd, *out))
+
+    @cached_property
+    def _blocks(self) -> SegmentAttention:
+        continuing = self._prompts[self._prompts >= 0]
+        return SegmentAttention(self._starts.numpy(), continuing.numpy() if len(continuing) else None)
+
+    @cached_property
+    def _most_visible(self) -> int:
+        """Tokens that the last token of a segment sees."""
+        lengths = self._starts.diff()
+        before = torch.where(self._prompts >= 0, lengths[self._prompts], 0)
+        return int((lengths + before).max())
 
 
 class _Attention(torch.autograd.Function):

@@ -36,6 +36,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "miles_norm_backward": (*(c_void_p,) * 4, c_int64, c_int64, c_void_p, c_void_p),
     "miles_attention": (POINTER(Heads), *(c_void_p,) * 5),
     "miles_attention_backward": (POINTER(Heads), *(c_void_p,) * 9),
+    "miles_heads_backward": (POINTER(Heads), *(c_void_p,) * 6),
     "miles_linear": (*(c_void_p,) * 3, *(c_int64,) * 3, c_void_p),
     "miles_swiglu": (c_void_p, c_int64, c_int64, c_void_p),
     "miles_router_scores": (c_void_p, c_int64, c_int64, c_void_p),
@@ -54,6 +55,7 @@ class Library:
     norm_backward: Any
     attention: Any
     attention_backward: Any
+    heads_backward: Any
     linear: Any
     swiglu: Any
     router_scores: Any

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from miles.arch.spec import MoeSpec
+from miles.arch.spec import AttentionSpec, MoeSpec, RopeSpec
 from miles.models.compiled import build
+from miles.models.compiled.attention import MOST_VISIBLE
 from miles.models.compiled.exact import CompiledExactNumerics
 from miles.models.compiled.library import Library
+from miles.models.decoder import AttentionBlock
 from miles.models.logprob import token_log_probs
 from miles.models.numerics import FAST, Numerics
 from miles.models.routing import Router
-from tests.cpu.models.test_compiled import COMPILER, assert_alike, numbers
+from tests.cpu.models.test_compiled import COMPILER, assert_alike, numbers, offsets
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no compiler")
 ROWS = 61
@@ -73,6 +75,29 @@ def test_log_probs(exact: CompiledExactNumerics, temperature: float, chunk: int 
         return token_log_probs(hidden, head, targets, temperature, chunk, **how)[0]
 
     assert_alike(log_probs, exact, [numbers(ROWS, 32), numbers(53, 32, seed=1)])
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared prompts", "packed"])
+def test_long_sequences(exact: CompiledExactNumerics, shared: bool) -> None:
+    """Longer than the compiled backward takes."""
+    block = AttentionBlock(AttentionSpec(4, 2, 16, RopeSpec(1e4), True, False), 40, 1e-6, torch.float32)
+    weights = {name: numbers(*p.shape, seed=i) / 4 for i, (name, p) in enumerate(block.named_parameters(), 1)}
+    prompts, own, prompt_of_own = [MOST_VISIBLE + 3, 5], [70, 9, 33], torch.tensor([0, 0, 1])
+    before = [prompts[i] if shared else 0 for i in prompt_of_own]
+    starts = [(0, n) for n in prompts] + list(zip(before, own, strict=True))
+    positions = torch.cat([torch.arange(start, start + n) for start, n in starts])
+
+    def attended(numerics: Numerics, x: Tensor, *given: Tensor) -> Tensor:
+        block.numerics = numerics
+        if shared:
+            attention = numerics.prefix_attention(offsets(prompts), offsets(own), prompt_of_own)
+        else:
+            attention = numerics.packed_attention(offsets([*prompts, *own]))
+        inputs = (x, numerics.rotations(block.spec, 512, positions), attention, 0)
+        found: Tensor = torch.func.functional_call(block, dict(zip(weights, given, strict=True)), inputs)
+        return found
+
+    assert_alike(attended, exact, [numbers(len(positions), 40), *weights.values()])
 
 
 ROW_OPERATIONS: dict[str, Callable[[Numerics, Tensor], Tensor]] = {
