@@ -180,14 +180,18 @@ class CachedAttention:
 
     Args:
         lengths: int64 [n], positions already filled in slots 0..n-1: where the new token is written.
+        num_keys: positions that are read, more than any of `lengths`; None: the fewest, which waits for the
+            device.
     """
 
-    def __init__(self, cache: KVCache, lengths: Tensor) -> None:
+    def __init__(self, cache: KVCache, lengths: Tensor, num_keys: int | None = None) -> None:
         self._cache = cache
         self.num_sequences = lengths.numel()
-        filled = int(lengths.max()) + 1
-        assert filled <= cache.max_len, "a sequence outgrew its cache slot"
-        self.num_keys = min(-(-filled // KEY_BLOCK) * KEY_BLOCK, cache.max_len)
+        if num_keys is None:
+            filled = int(lengths.max()) + 1
+            assert filled <= cache.max_len, "a sequence outgrew its cache slot"
+            num_keys = min(-(-filled // KEY_BLOCK) * KEY_BLOCK, cache.max_len)
+        self.num_keys = num_keys
         slots = torch.arange(self.num_sequences, device=lengths.device)
         self._rows = cache.rows(slots, lengths)
         self._positions = lengths

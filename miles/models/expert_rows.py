@@ -39,10 +39,12 @@ class ExpertRows:
 
 def sorted_rows(ids: Tensor, num_experts: int) -> ExpertRows:
     """Groups as long as they are, for ids int64 [T, k]; nothing leaves the device."""
-    flat, top_k = ids.flatten(), ids.shape[1]
-    order = torch.argsort(flat, stable=True)
+    top_k = ids.shape[1]
+    expert, order = ids.flatten().sort(stable=True)
     place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-    ends = torch.bincount(flat, minlength=num_experts).cumsum(0, dtype=torch.int32)
+    # bincount would ask the device for the largest id.
+    experts = torch.arange(num_experts, device=ids.device)
+    ends = torch.searchsorted(expert, experts, right=True, out_int32=True)
     return ExpertRows(order // top_k, place, ends)
 
 

@@ -182,6 +182,7 @@ def engine_settings(
         max_running_requests=plan.engine_limits.running_requests,
         max_prefill_tokens=plan.engine_limits.prefill_tokens,
         max_total_tokens=plan.engine_limits.kv_tokens,
+        captured_requests=plan.engine_limits.captured_requests,
         dtype=DTYPES.get(plan.rollout_format, DTYPES[plan.dtype]),
         device=plan.device,
         numerics=numerics,

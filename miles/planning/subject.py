@@ -320,7 +320,7 @@ class Subject:
     def engine_limits(self) -> EngineLimits | None:
         """How much one native engine takes on at once, where the length of a request is known."""
         context = self.max_context_len
-        return plan_engine_limits(self.config, context) if context is not None else None
+        return plan_engine_limits(self.config, context, self.on_gpus) if context is not None else None
 
     @cached_property
     def memory(self) -> MemoryPlan | None:

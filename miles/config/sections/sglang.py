@@ -25,6 +25,13 @@ class SglangSection(Section):
     """Tokens that the KV cache holds; requests beyond wait. Default of the native engine: every running
     request at the full context."""
 
+    disable_cuda_graph: bool = False
+    """Launch every kernel of a step from the host instead of replaying captured steps."""
+
+    cuda_graph_max_bs_decode: PositiveInt | None = None
+    """Most requests of a decode step that is captured as a CUDA graph. Default of the native engine, on GPUs:
+    all that run."""
+
     speculative_algorithm: Literal["EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "NGRAM"] | None = None
     """Speculative decoding with this kind of draft; default: none."""
 

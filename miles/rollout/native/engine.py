@@ -59,6 +59,7 @@ class EngineSettings:
         keep_expanded: keep the plain numbers of quantised weights between products, beside the stored ones: a
             CPU has no kernel that multiplies the stored ones, and making them for every token costs more
             than the products.
+        captured_requests: decode steps of up to so many requests are CUDA graphs; 0: none, as on a CPU.
     """
 
     max_context_len: int
@@ -73,6 +74,7 @@ class EngineSettings:
     decode_library: Path | None = None
     precision: PrecisionPolicy | None = None
     keep_expanded: bool = False
+    captured_requests: int = 0
 
     @property
     def slots(self) -> int:
@@ -375,7 +377,16 @@ def _make_runner(spec: ArchSpec, settings: EngineSettings) -> Runner | FusedRunn
     if settings.decode_library is None:
         assert not compiled, "compiled exact numerics need the decode kernel"
         guessed = 0 if settings.speculation is None else settings.speculation.num_draft_tokens
-        return Runner(spec, slots, context, settings.dtype, torch.device(device), settings.numerics, guessed)
+        return Runner(
+            spec,
+            slots,
+            context,
+            settings.dtype,
+            torch.device(device),
+            settings.numerics,
+            guessed,
+            settings.captured_requests,
+        )
     assert settings.speculation is None, "the decode kernel guesses nothing"
     assert settings.dtype == torch.float32 and device == "cpu", (
         "the decode kernel computes in fp32 on the CPU"

@@ -22,6 +22,7 @@ from miles.models.numerics import Numerics
 from miles.models.routing import Router
 from miles.models.row_blocks import filled_up
 from miles.models.tree_attention import TreeNodes
+from miles.rollout.native.captured import CapturedDecode
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,28 @@ class Runner:
         device: torch.device,
         numerics: Numerics,
         spare_columns: int = 0,
+        captured_requests: int = 0,
     ) -> None:
-        """`spare_columns`: guesses of what follows may reach so far beyond the context length."""
+        """`spare_columns`: guesses of what follows may reach so far beyond the context length.
+        `captured_requests`: decode steps of up to so many are captured, on CUDA; the last slot never decodes.
+        """
         self.spec, self.device, self.numerics = spec, device, numerics
         columns = numerics.cache_length(context_length + spare_columns)
         self.cache = KVCache(spec, num_slots, columns, dtype, device)
-        self.decoder: Decoder | None = None
+        self.captured = CapturedDecode(spec, self.cache, captured_requests) if captured_requests else None
+        self._decoder: Decoder | None = None
         self.draft: DraftModel | None = None
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """What it serves; to be set again whenever its weights changed."""
+        return self._decoder
+
+    @decoder.setter
+    def decoder(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        if self.captured is not None:
+            self.captured.serve(decoder)
 
     def prefill(self, prompts: Sequence[Sequence[int]], slots: Sequence[int]) -> list[PromptEnd]:
         """Read each prompt into its slot."""
@@ -95,8 +111,11 @@ class Runner:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Read one token per slot, int64 [n], at `positions` [n], the number of positions already cached.
 
-        Returns the logits after it [n, V] and its routes, int16 [n, Lm, k] (None for a dense model).
+        Returns the logits after it [n, V] and its routes, int16 [n, Lm, k] (None for a dense model), both
+        until the next step.
         """
+        if self.captured is not None and (step := self.captured.decode(tokens, positions)) is not None:
+            return step
         count, attention = len(tokens), self.numerics.cached_attention(self.cache, positions)
         rows = self.numerics.step_rows(count)
         if rows == count:
