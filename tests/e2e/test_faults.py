@@ -53,10 +53,14 @@ def test_the_stop_policy_ends_the_run_at_the_first_nan(cli: Cli) -> None:
 
 @pytest.mark.parametrize(("lr", "steps"), [("1e-2", "15"), ("4e-3", "60"), ("3e-3", "40")])
 def test_a_learning_rate_that_kills_the_policy_is_named(cli: Cli, lr: str, steps: str) -> None:
-    """At 3e-3 the reward collapses with some seeds, with others it never rises while groups are lost."""
+    """At 3e-3 the reward collapses with some seeds, with others it never rises: a warning."""
     done = cli("train", *QUICK, "--lr", lr, "--num-rollout", steps)
     assert done.returncode == 0, done.stderr
-    (finding,) = [f for f in diagnosis(cli, cli.only_run(), exit_code=5) if f["rule"] in {"OP8", "OP11"}]
+    run = cli.only_run()
+    collapsed = summary_of(run)["alerts"]["critical"] > 0
+    assert collapsed or lr == "3e-3"
+    found = diagnosis(cli, run, exit_code=5 if collapsed else 0)
+    (finding,) = [f for f in found if f["rule"] == ("OP8" if collapsed else "OP11")]
     assert "learning rate" in finding["cause"]
     assert finding["fixes"][0]["patch"]["optimizer.lr"] < float(lr)
 
