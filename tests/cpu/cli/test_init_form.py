@@ -16,6 +16,7 @@ from miles_cli.dashboard.symbols import LADDER
 from miles_cli.init.form import InitForm, WriteAnyway
 from miles_cli.init.questions import Value
 from miles_cli.init.session import Session
+from miles_cli.init.suggest_data import reward_choices
 
 Steps = Callable[[InitForm, "Pilot[dict[str, Value]]"], Awaitable[None]]
 
@@ -131,7 +132,8 @@ def test_choices_turn_and_bring_new_questions() -> None:
         app.rows["rm_type"].field.focus()
         await pilot.press("left")
         await settled(app, pilot)
-        assert app.given["rm_type"] == "math"
+        rewards = reward_choices()
+        assert app.given["rm_type"] == rewards[rewards.index("custom") - 1]
 
     form(steps)
 
