@@ -132,6 +132,8 @@ class InitForm(App[dict[str, Value]]):
         self._waiting = self.set_timer(SETTLE_SECONDS, self._look_again)
 
     def on_descendant_focus(self, event: DescendantFocus) -> None:
+        if not self.screen_stack:
+            return  # leaving: the screen is gone before the last of its messages
         current = self._focused_row()
         for row in self.rows.values():
             row.set_class(row is current, "current")

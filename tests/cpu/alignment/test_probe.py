@@ -56,6 +56,26 @@ def test_matrices_whose_kernels_change_in_the_middle_are_cut_between_the_changes
         assert torch.equal(blocked_product(rows[-count:], weight, blocks), together[-count:]), count
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_products_without_vectors_of_their_own_are_computed_in_fp32(slow: bool, monkeypatch) -> None:
+    monkeypatch.setattr(row_search, "_is_slow", lambda dtype, device: slow)
+    blocks = find_row_blocks(((64, 32),), torch.bfloat16, "cpu", torch.Generator().manual_seed(2))
+    assert blocks is not None and (not slow or blocks.dtype == torch.float32)
+    x, weight = torch.randn(70, 32).bfloat16(), torch.randn(64, 32).bfloat16()
+    product = blocked_product(x, weight, blocks)
+    assert torch.equal(product[-9:], blocked_product(x[-9:], weight, blocks))
+    torch.testing.assert_close(product, (x.float() @ weight.float().t()).bfloat16())
+
+
+def test_a_step_has_rows_that_every_product_takes(exact) -> None:
+    found = exact(QUICKSTART, torch.float32)
+    for count in range(1, 70):
+        rows = found.step_rows(count)
+        assert rows >= count and all(rows in blocks.alone for blocks in found.blocks.values())
+    some = replace(found, blocks={0: RowBlocks((4, 6), torch.float32), 1: RowBlocks((4, 8), torch.float32)})
+    assert [some.step_rows(count) for count in (1, 4, 5)] == [4, 4, 5], "none shared: as it is"
+
+
 def test_rows_are_cut_into_probed_counts_and_filled_up() -> None:
     blocks = RowBlocks((4, 16, 64), torch.float32)
     assert [blocks.cut(rows) for rows in (0, 1, 5, 64, 65, 150)] == [

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from textual.containers import VerticalScroll
+from textual.events import DescendantFocus
 from textual.pilot import Pilot
 from textual.widgets import Static
 
@@ -226,6 +227,12 @@ def test_leaving_does_not_wait_for_a_look_that_is_under_way() -> None:
 
     app = asyncio.run(leave_at_once())
     assert app.return_value is None and app.return_code == 0
+
+
+def test_a_focus_that_is_told_after_the_screen_is_gone_changes_nothing() -> None:
+    app = form(steps=settled)
+    assert not app.screen_stack
+    app.on_descendant_focus(DescendantFocus(app.rows["lr"].field))
 
 
 def test_the_file_can_be_read_before_it_is_written() -> None:
