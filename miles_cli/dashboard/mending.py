@@ -77,10 +77,11 @@ class GoBack(Mending):
         self._say(WAITING, "the run ends its step and saves; then it goes on from the checkpoint")
 
     def look(self, run: RunSnapshot) -> None:
-        if run.attempt > self.attempt:
-            step = run.resumes.get(run.attempt, 0)
-            told = fixes.told(self.remedy)
-            self._say(GOOD, f"attempt {run.attempt} goes on from step {max(0, step)}: {told}")
+        # An attempt begins before it has loaded its checkpoint: only `resume` says where it goes on.
+        attempt = max(run.resumes, default=0)
+        if attempt > self.attempt:
+            step, told = max(0, run.resumes[attempt]), fixes.told(self.remedy)
+            self._say(GOOD, f"attempt {attempt} goes on from step {step}: {told}")
         elif self._process.exit_code not in (None, 0):
             self._say(FAILED, self._process.last_error())
         elif run.status.ended:

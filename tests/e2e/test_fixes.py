@@ -72,10 +72,16 @@ def raised(run: Path) -> list[str]:
 
 def proposed_lr(terminal: Terminal) -> float:
     """The learning rate in the fix on the screen."""
-    terminal.wait_for(lambda: "+ lr = " in terminal.text(), "a fix")
-    (rate,) = set(re.findall(r"\+ lr = ([0-9.e-]+)", terminal.text()))
-    assert float(rate) <= LR / 5
-    return float(rate)
+    rate = float(on_screen(terminal, r"\+ lr = ([0-9.e-]+)[^0-9.e-]"))
+    assert rate <= LR / 5
+    return rate
+
+
+def on_screen(terminal: Terminal, pattern: str) -> str:
+    """The one group of `pattern` once it is drawn; what follows the group shows that it is whole."""
+    terminal.wait_for(lambda: bool(re.search(pattern, terminal.text())), f"{pattern!r}")
+    (found,) = set(re.findall(pattern, terminal.text()))
+    return str(found)
 
 
 def a_run(cli: Cli, other_than: tuple[Path, ...] = ()) -> Path | None:
@@ -130,7 +136,7 @@ def test_a_resume_fix_goes_back_before_the_fall_and_ends_healthy(
     terminal.wait_for_text("OP8")
     terminal.press("f")
     rate = proposed_lr(terminal)
-    (start,) = {int(step) for step in re.findall(r"--from-step (\d+)", terminal.text())}
+    start = int(on_screen(terminal, r"--from-step (\d+)\D"))
     terminal.press("enter")
     terminal.wait_for(lambda: RunReader(run).attempt == 2, "the second attempt")
     terminal.wait_for_text(f"goes on from step {start}")

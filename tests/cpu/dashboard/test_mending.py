@@ -75,6 +75,43 @@ def test_going_back_resumes_with_the_change_and_follows_the_next_attempt(
     assert (back.state, back.text) == (GOOD, "attempt 3 goes on from step 80: optimizer.lr = 0.0001")
 
 
+def test_an_attempt_that_has_begun_is_not_told_before_it_says_its_step(
+    live_run: Path, started: list[Started]
+) -> None:
+    back = begin(remedy(from_step=80), snapshot(live_run), nowhere)
+    with RecordWriter(live_run, attempt=3, heartbeat_interval=3600) as writer:
+        writer.event("run_start")
+        back.look(snapshot(live_run))
+        assert back.state == WAITING
+        writer.resume(80)
+    back.look(snapshot(live_run))
+    assert (back.state, back.text) == (GOOD, "attempt 3 goes on from step 80: optimizer.lr = 0.0001")
+
+
+def test_an_attempt_that_is_over_at_the_first_look_is_told_all_the_same(
+    live_run: Path, started: list[Started]
+) -> None:
+    back = begin(remedy(from_step=80), snapshot(live_run), nowhere)
+    started[0].exit_code = 0
+    with RecordWriter(live_run, attempt=3, heartbeat_interval=3600) as writer:
+        writer.event("run_start")
+        writer.resume(80)
+        writer.event("run_end", status="finished")
+    back.look(snapshot(live_run, status=RunStatus.FINISHED))
+    assert (back.state, back.text) == (GOOD, "attempt 3 goes on from step 80: optimizer.lr = 0.0001")
+
+
+def test_an_attempt_that_fails_before_it_says_its_step_shows_why(
+    live_run: Path, started: list[Started]
+) -> None:
+    back = begin(remedy(from_step=80), snapshot(live_run), nowhere)
+    with RecordWriter(live_run, attempt=3, heartbeat_interval=3600) as writer:
+        writer.event("run_start")
+    started[0].exit_code, started[0].error = 1, "error: the checkpoint cannot be read"
+    back.look(snapshot(live_run))
+    assert (back.state, back.text) == (FAILED, "error: the checkpoint cannot be read")
+
+
 def test_a_resume_that_is_refused_shows_why(live_run: Path, started: list[Started]) -> None:
     back = begin(remedy(from_step=80), snapshot(live_run), nowhere)
     started[0].exit_code, started[0].error = 1, "error: no checkpoint of step 80"
