@@ -26,6 +26,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=benchmarks $(BIN)/mypy --explicit-package-bases benchmarks/*.py
 	$(BIN)/lint-imports
 	$(RUN) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not scale" tests/cpu
 

@@ -26,7 +26,7 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from miles.record import RecordWriter
 

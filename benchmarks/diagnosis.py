@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from miles.record import RunReader
 
@@ -225,11 +224,18 @@ def main() -> int:
     outcomes, healthy = [], []
     with tempfile.TemporaryDirectory(prefix="miles-diagnosis-") as root:
 
-        def run(number: int, name: str, *rest: Any) -> Outcome:
+        def run(
+            number: int,
+            name: str,
+            expected: tuple[str, ...],
+            step: int | None,
+            arguments: GiveFault,
+            steps: int,
+            disturb: Disturb | None,
+        ) -> Outcome:
             folder = Path(root) / str(number)
             folder.mkdir()
-            *known, arguments, steps, disturb = rest
-            outcome = measure(name, *known, arguments(folder), steps, disturb, folder)
+            outcome = measure(name, expected, step, arguments(folder), steps, disturb, folder)
             print(
                 f"{name}: {', '.join(outcome.findings) or 'nothing'} ({outcome.seconds:.0f} s)",
                 file=sys.stderr,

@@ -147,7 +147,8 @@ def would_flip(setup: Setup, batch: TrainBatch) -> np.ndarray:
     trainer = trainer_of(setup, WAYS[0])
     with _dispatched() as ids:
         trainer.log_probs(batch)
-    return _flips(_unshared(ids, trainer, batch), batch).any(1)
+    flips = _flips(_unshared(ids, trainer, batch), batch)
+    return np.logical_or.reduce(flips, axis=1)
 
 
 def compare(setup: Setup, way: Way, batch: TrainBatch, flipped: np.ndarray | None) -> dict[str, float]:
@@ -206,7 +207,7 @@ def _unshared(ids: Sequence[Tensor], trainer: NativeTrainer, batch: TrainBatch) 
     from miles.training.native.micro_batches import cut_micro_batches, trained_sequences
     from miles.training.native.shared_prompts import may_share_prompts
 
-    share = may_share_prompts(trainer.decoder, trainer.settings)
+    share = may_share_prompts(trainer.decoder, trainer.settings, batch)
     parts = cut_micro_batches(batch, trained_sequences(batch), trainer.settings, share_prompts=share)
     layers = len(trainer.spec.moe_layers)
     assert len(ids) == layers * len(parts) and len(parts) == 1, "one micro-batch, one call per layer"
