@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from miles.data.sample import Sample
@@ -11,16 +11,21 @@ from miles.rewards.outcome import Outcome, Verifier
 
 def boxed(verifier: Verifier) -> Verifier:
     """`verifier` on the boxed answer; a response without one gets 0.0."""
+    return on_part(verifier, last_boxed)
+
+
+def on_part(verifier: Verifier, part: Callable[[str], str | None]) -> Verifier:
+    """`verifier` on what `part` takes of each response; 0.0 where that is None."""
 
     async def judge(samples: Sequence[Sample]) -> list[Outcome]:
-        answers = [last_boxed(sample.response) for sample in samples]
+        parts = [part(sample.response) for sample in samples]
         given = [
-            replace(sample, response=answer)
-            for sample, answer in zip(samples, answers, strict=True)
-            if answer is not None
+            replace(sample, response=taken)
+            for sample, taken in zip(samples, parts, strict=True)
+            if taken is not None
         ]
         outcomes = iter(await verifier(given) if given else [])
-        return [0.0 if answer is None else next(outcomes) for answer in answers]
+        return [0.0 if taken is None else next(outcomes) for taken in parts]
 
     return judge
 
