@@ -161,13 +161,18 @@ def start_server(job: Job, name: str, rank: int, gpus: SharedGpus) -> ServerProc
 
 
 class OwnWeights:
-    """The trainer of this process as a source: packets over its own tensors, without a copy."""
+    """The trainer of this process as a source.
+
+    Packets are copies: a server that is replaced while the trainer steps loads the version before.
+    """
 
     def __init__(self, trainer: TrainWorker, policy: PrecisionPolicy | None) -> None:
         self._trainer, self._policy = trainer, policy
 
     async def weights(self, version: int) -> TensorPacket:
-        return TensorPacket(*pack(weights_for_engine(self._trainer, self._policy), version))
+        named = weights_for_engine(self._trainer, self._policy)
+        copies = ((name, tensor.detach().to("cpu", copy=True)) for name, tensor in named)
+        return TensorPacket(*pack(copies, version))
 
 
 def local_weights(job: Job, spec: ArchSpec, trainer: TrainWorker) -> WeightSource:

@@ -13,6 +13,7 @@ from miles.arch.precision import NumberFormat, PrecisionPolicy
 from miles.config import resolve
 from miles.data.tasks import resolve_builtin
 from miles.orchestration.assemble import sglang_settings
+from miles.orchestration.sglang_crew import OwnWeights
 from miles.orchestration.train_worker import TrainWorker
 from miles.orchestration.weight_packets import pack, unpack, verify
 from miles.orchestration.weight_sync import RoundedWeights, weights_for_engine
@@ -71,6 +72,18 @@ def test_the_engine_serves_the_rounded_weights_and_the_trainer_keeps_its_own(
     assert torch.equal(served[EXPERT].float(), rounded(target, EXPERT, own[EXPERT]).float())
     assert not torch.equal(served[EXPERT].float(), own[EXPERT])
     assert torch.equal(served[ROUTER].float(), own[ROUTER]) == (name != "bf16"), "quantised formats skip it"
+
+
+def test_a_server_that_is_replaced_while_the_trainer_steps_gets_the_version_it_missed(
+    trainer: TrainWorker,
+) -> None:
+    before = {name: tensor.clone() for name, tensor in trainer.trainer.named_weights()}
+    packet = asyncio.run(OwnWeights(trainer, None).weights(version=3))
+    with torch.no_grad():
+        for _, weight in trainer.trainer.named_weights():
+            weight.add_(1.0)  # as an optimizer does, in place
+    verify(packet.manifest, packet.weights)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in unpack(packet.weights))
 
 
 def test_a_later_update_of_the_trainer_reaches_the_engine_only_with_the_next_version(
