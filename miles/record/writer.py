@@ -69,9 +69,9 @@ class RecordWriter:
         self._stacks = self._answer_with_stacks()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record metrics of `step`. Every name must be declared in `record/metrics.py`."""
+        """Record metrics of `step`. Every name must be declared in `record/metrics/`."""
         for name in values:
-            assert find_metric(name), f"metric {name!r} is not declared in miles/record/metrics.py"
+            assert find_metric(name), f"metric {name!r} is not declared in miles/record/metrics/"
         self._step = step
         self._emit(kinds.METRICS, {"step": step, "metrics": {n: float(v) for n, v in values.items()}})
         self.heartbeat()
