@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,6 +52,36 @@ def test_reinforce_plus_plus_returns_follow_their_definition(kl_coef: float, gam
     torch.testing.assert_close(ESTIMATORS["reinforce_plus_plus"].spread(rows), expected)
 
 
+@pytest.mark.parametrize(
+    ("kl_coef", "gamma", "lambd"), [(0.0, 1.0, 1.0), (0.3, 1.0, 0.95), (0.3, 0.9, 0.5), (0.0, 0.9, 0.0)]
+)
+def test_generalised_advantages_follow_the_recursion(kl_coef: float, gamma: float, lambd: float) -> None:
+    """Masked tokens are no steps, whatever their values; every sequence ends in a state of value 0."""
+    rows, kl = make_rows(kl_coef, gamma)
+    values = torch.linspace(-1.0, 2.0, 10).masked_fill(rows.loss_mask_T == 0, torch.nan)
+    expected: list[float] = []
+    start = 0
+    for mask, reward in zip(MASK, REWARDS, strict=True):
+        steps = [t for t, m in enumerate(mask) if m]
+        advantages, following, next_value = [0.0] * len(mask), 0.0, 0.0
+        for t in reversed(steps):
+            earned = -kl_coef * float(kl[start + t]) + (reward if t == steps[-1] else 0.0)
+            delta = earned + gamma * next_value - float(values[start + t])
+            following = delta + gamma * lambd * following
+            advantages[t], next_value = following, float(values[start + t])
+        expected += advantages
+        start += len(mask)
+    spread = ESTIMATORS["ppo"].spread(replace(rows, values_T=values, lambd=lambd))
+    torch.testing.assert_close(spread, torch.tensor(expected))
+
+
+def test_with_lambda_1_advantages_and_values_add_up_to_the_discounted_return() -> None:
+    rows, _ = make_rows(0.3, 0.9)
+    values = torch.linspace(-1.0, 2.0, 10)
+    returns = ESTIMATORS["ppo"].spread(replace(rows, values_T=values)) + values * rows.loss_mask_T
+    torch.testing.assert_close(returns, ESTIMATORS["reinforce_plus_plus"].spread(rows))
+
+
 def test_reinforce_plus_plus_baseline_subtracts_each_tokens_own_kl() -> None:
     rows, kl = make_rows(kl_coef=0.5)
     expected = (torch.tensor([2.0] * 5 + [-1.0] * 2 + [4.0] * 3) - 0.5 * kl) * rows.loss_mask_T
@@ -74,6 +106,7 @@ def test_each_estimator_keeps_the_baseline_and_objective_of_its_paper() -> None:
         "cispo": ("mean_std", "cispo"),
         "dr_grpo": ("mean", "clip"),
         "rloo": ("leave_one_out", "clip"),
+        "ppo": ("none", "clip"),
         "reinforce_plus_plus": ("none", "clip"),
         "reinforce_plus_plus_baseline": ("mean", "clip"),
     }

@@ -116,7 +116,7 @@ def test_impossible_changes_are_refused(knob, value, algorithm, spec, make_train
         (TrainerSettings(algorithm=AlgorithmSettings(advantage_estimator="dr_grpo")), "max_response_len"),
         (TrainerSettings(schedule=ScheduleSettings(lr_decay_style="cosine")), "lr_decay_iters"),
         (TrainerSettings(algorithm=AlgorithmSettings(temperature=0.0)), "temperature"),
-        (TrainerSettings(algorithm=AlgorithmSettings(advantage_estimator="ppo")), "grpo"),
+        (TrainerSettings(algorithm=AlgorithmSettings(advantage_estimator="a2c")), "grpo"),
         (TrainerSettings(algorithm=AlgorithmSettings(advantage_estimator="gspo")), "objective"),
     ],
 )
