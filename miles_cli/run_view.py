@@ -117,7 +117,9 @@ def _eval(fields: Mapping[str, Any]) -> str:
     scores = [
         f"{name.removeprefix('eval/')} {value:.3f}" for name, value in fields.items() if _is_accuracy(name)
     ]
-    return f"eval at step {fields['step']}: {'  '.join(scores)}"
+    version = fields.get("rollout/weight_version/eval", fields["step"])
+    older = f" (weights of step {version:.0f})" if version != fields["step"] else ""
+    return f"eval at step {fields['step']}{older}: {'  '.join(scores)}"
 
 
 def _is_accuracy(name: str) -> bool:

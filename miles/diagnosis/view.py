@@ -152,7 +152,13 @@ class RecordView:
     def runs_ahead(self) -> bool:
         """Whether samples are older than the weights that learn from them: the log-prob gap then holds what
         was learnt in between."""
-        return bool(self.setting("rollout.one_step_ahead") or self.setting("rollout.fully_async"))
+        ahead = self.setting("rollout.one_step_ahead") or self.setting("rollout.fully_async")
+        return bool(ahead) or self.update_interval > 1
+
+    @property
+    def update_interval(self) -> int:
+        """Steps between two weight updates."""
+        return int(self.setting("weight_sync.update_weights_interval") or 1)
 
     @property
     def is_quantised(self) -> bool:

@@ -30,6 +30,7 @@ from miles.training.trainer import TrainResult
 
 TRAINER_DIR = "trainer"
 """Where the trainer's part of a checkpoint lies."""
+EVAL_VERSION = "rollout/weight_version/eval"
 HELD_GROUPS = "held_groups.jsonl"
 """Unfinished groups of a checkpoint, where there are any."""
 
@@ -77,6 +78,7 @@ class Schedule:
     """Checkpoints are written while the run goes on."""
     capsule_interval: int | None = None
     ref_update_interval: int | None = None
+    update_weights_interval: int = 1
 
 
 @dataclass
@@ -96,6 +98,8 @@ class Driver:
     state: LoopState = field(default_factory=LoopState)
     ahead: Ahead = field(default_factory=Ahead)
     turns: Turns = field(default_factory=NoTurns)
+    version: int | None = None
+    """Of the weights that the engines serve: the step that made them."""
     _saves: Saves = field(init=False)
     _step_started: float = field(default_factory=time.perf_counter)
     _phase_seconds: dict[str, float] = field(default_factory=dict)
@@ -156,20 +160,24 @@ class Driver:
         if self.weight_sync is not None:
             await self.turns.to_update()
             await self.weight_sync.send(version=step)
+            self.version = step
             await self.turns.to_rollout()
 
     async def update_weights(self, step: int) -> None:
-        """Hand over what the step has learnt."""
-        with self.phase("update_weights", step):
-            await self.hand_over_weights(step)
+        """Hand over what the step has learnt, where that is due."""
+        if self._due(step, self.schedule.update_weights_interval):
+            with self.phase("update_weights", step):
+                await self.hand_over_weights(step)
 
     async def evaluate(self, step: int) -> None:
-        """Measure on the held-out sets and record it under `step`."""
+        """Measure the weights that the engines serve on the held-out sets and record it under `step`."""
         if step == 0 and not self.schedule.eval_before_train:
             return
         with self.record.phase("eval", step):
             metrics = await self.rollout.evaluate()
         if metrics:
+            if self.version is not None:
+                metrics[EVAL_VERSION] = float(self.version)
             self.record.metrics(step, metrics)
             self.observer.on_event("eval", {"step": step, **metrics})
 

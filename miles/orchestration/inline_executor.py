@@ -78,7 +78,9 @@ async def _engine(
         return
     engine = workers.build_engine(job, spec)
     workers.watch_gap(job, trainer.trainer, engine)
-    shares = own is None and job.plan.trainer == "native"
+    # Shared tensors are the newest at every step.
+    every_step = job.resolved.config.weight_sync.update_weights_interval == 1
+    shares = own is None and job.plan.trainer == "native" and every_step
     yield (
         engine,
         SharedWeights(trainer, engine) if shares else RoundedWeights(trainer, engine, own),

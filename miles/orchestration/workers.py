@@ -231,4 +231,5 @@ def _schedule(job: Job) -> Schedule:
         save_beside=config.checkpoint.async_save,
         capsule_interval=config.debug.capsule_interval,
         ref_update_interval=config.algorithm.ref_update_interval,
+        update_weights_interval=config.weight_sync.update_weights_interval,
     )

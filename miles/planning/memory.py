@@ -79,6 +79,7 @@ def estimate_memory(
     draft_numbers: int = 0,
     route_bytes: int = 0,
     packet: bool = False,
+    apart: bool = False,
 ) -> MemoryPlan:
     """Memory of policy, reference, optimizer, KV cache and one micro-batch in one process, in bytes.
 
@@ -88,10 +89,10 @@ def estimate_memory(
     forward rounds the same weights. `packed`: the decode kernel keeps its own copy. `mtp_parameters`: those
     of the MTP layers in use. `servers`: SGLang servers beside the process. `draft_numbers`: what the cache of
     a draft holds of a token. `route_bytes`: of the routes of one rollout. `packet`: weights travel between
-    processes in a copy of their own.
+    processes in a copy of their own. `apart`: the engine keeps weights of older steps.
     """
     parameters, width = spec.num_parameters(), BYTES[dtype]
-    copied = rollout_format is not None and rollout_format != dtype
+    copied = apart or (rollout_format is not None and rollout_format != dtype)
     engine_width = BYTES.get(rollout_format, width) if rollout_format is not None else width
     shared = "" if copied or servers else ", trainer and engine share"
     parts = [

@@ -351,6 +351,7 @@ class Subject:
             draft_numbers=self._draft_numbers,
             route_bytes=self._route_bytes,
             packet=self.executor == "ray" and self.decode is not None,
+            apart=self.config.weight_sync.update_weights_interval > 1,
         )
 
     @property

@@ -11,6 +11,7 @@ from miles.planning.subject import Subject
 from miles.planning.versions import ROUTES_SINCE, older
 
 REPLAY = "alignment.use_rollout_routing_replay"
+INTERVAL = "weight_sync.update_weights_interval"
 
 
 @rule(
@@ -155,8 +156,8 @@ def truncated_sampling(subject: Subject) -> Iterator[Found]:
     "OFF1",
     Severity.WARNING,
     title="samples of older weights without a correction",
-    cause="rollouts one step ahead, asynchronous and partial rollouts train on tokens that older weights "
-    "sampled; uncorrected, the drift between both sides biases every step",
+    cause="rollouts one step ahead, asynchronous and partial rollouts, and those between two weight updates, "
+    "train on tokens that older weights sampled; uncorrected, the drift between both sides biases every step",
     fix="add --use-tis",
 )
 def stale_without_correction(subject: Subject) -> Iterator[Found]:
@@ -172,6 +173,10 @@ def stale_without_correction(subject: Subject) -> Iterator[Found]:
             yield Found(f"{setting} without a correction", f"rollout.{setting}")
     if rollout.partial_rollout and not rollout.mask_offpolicy_in_partial_rollout:
         yield Found("partial_rollout without a correction", "rollout.partial_rollout")
+    interval = config.weight_sync.update_weights_interval
+    if interval > 1:
+        found = f"update_weights_interval {interval} without a correction"
+        yield Found(found, INTERVAL)
 
 
 @rule(
@@ -190,6 +195,27 @@ def nothing_partial(subject: Subject) -> Iterator[Found]:
     if rollout.mask_offpolicy_in_partial_rollout and not rollout.partial_rollout:
         setting = "rollout.mask_offpolicy_in_partial_rollout"
         yield Found("mask_offpolicy_in_partial_rollout alone", setting, "add --partial-rollout")
+
+
+@rule(
+    "OFF3",
+    Severity.ERROR,
+    title="engines that need their weights at every step",
+    cause="engines that share GPUs with the trainer give their weights up in every step; samples of older "
+    "weights cannot agree with the weights that learn from them to the bit; a supervised run has no engine",
+    fix="leave --update-weights-interval out",
+)
+def weights_at_every_step(subject: Subject) -> Iterator[Found]:
+    config = subject.config
+    interval = config.weight_sync.update_weights_interval
+    reasons = {
+        "cluster.colocate": config.cluster.colocate,
+        "alignment.true_on_policy_mode": config.alignment.true_on_policy_mode,
+        "algorithm.loss_type = sft_loss": config.algorithm.loss_type == "sft_loss",
+    }
+    for reason, holds in reasons.items():
+        if interval > 1 and holds:
+            yield Found(f"update_weights_interval {interval} with {reason}", INTERVAL)
 
 
 @rule(

@@ -111,6 +111,11 @@ CASES = (
          says="eval/sort 0.500 -> 0.500"),
     Case("RO7", {"rollout/weight_version/min": lambda s: max(0, s - 8)}, says="7.0 versions old",
          patch={"rollout.max_weight_staleness": 4}),
+    Case("RO7", {"rollout/weight_version/min": lambda s: max(0, (s - 1) // 20 * 20)},
+         config={"weight_sync": {"update_weights_interval": 20}},
+         patch={"weight_sync.update_weights_interval": 1}),
+    Case("SY17", {"rollout/weight_version/max": lambda s: min((s - 1) // 4 * 4, 40)}, severity="critical",
+         config={"weight_sync": {"update_weights_interval": 4}}, says="version 40 in steps 75 to 80"),
     Case("RO8", {"rollout/weight_version/mixed_version_ratio": 0.8}, says="80%",
          patch={"rollout.mask_offpolicy_in_partial_rollout": True}),
     Case("RO9", {"rollout/tito_session_mismatch_rate/special_token": lambda s: 0.02 if s == 3 else 0.0},
@@ -347,6 +352,12 @@ def test_a_wider_gap_is_normal_where_the_engine_is_quantised(
         assert BY_ID["MM6"].check(RecordView.of_run(reader)) is None
     reader = write_run(steps, config={"precision": {"rollout_format": "bf16"}}, name="bf16")
     assert BY_ID["MM6"].check(RecordView.of_run(reader)) is not None
+
+
+def test_an_engine_between_two_updates_is_not_stuck(write_run) -> None:
+    steps = [{"rollout/weight_version/max": float(step // 4 * 4)} for step in range(12)]
+    config = {"weight_sync": {"update_weights_interval": 4}}
+    assert BY_ID["SY17"].check(RecordView.of_run(write_run(steps, config=config))) is None
 
 
 @pytest.mark.parametrize("setting", ["one_step_ahead", "fully_async"])

@@ -32,6 +32,7 @@ class World:
     engine_version: int = -1
     drawn: int = 0
     breaks: str = ""
+    evaluates: bool = False
     held: list[list[Sample]] = field(default_factory=list)
     knobs: dict[str, float] = field(default_factory=dict)
 
@@ -51,7 +52,7 @@ class World:
         return self
 
     async def evaluate(self) -> dict[str, float]:
-        return {}
+        return {"eval/sort": 0.5} if self.evaluates else {}
 
     async def collect(self, step: int) -> StepRollout:
         self.drawn += 1
@@ -107,12 +108,12 @@ class World:
             raise RunError(f"{what} {number} broke")
 
 
-async def begin(world: World, run_dir: Path, steps: int, attempt: int = 1) -> Driver:
+async def begin(world: World, run_dir: Path, steps: int, attempt: int = 1, interval: int = 1) -> Driver:
     history = RunReader(run_dir).history if attempt > 1 else History()
     record = RecordWriter(run_dir, attempt=attempt, history=history)
     store = CheckpointStore(run_dir / "checkpoints")
     driver = Driver(
-        schedule=Schedule(num_rollout=steps, save_interval=1),
+        schedule=Schedule(num_rollout=steps, save_interval=1, update_weights_interval=interval),
         rollout=world,
         trainer=world,
         weight_sync=world,
@@ -131,11 +132,11 @@ async def begin(world: World, run_dir: Path, steps: int, attempt: int = 1) -> Dr
     return driver
 
 
-def turn(loop: Loop, world: World, run_dir: Path, steps: int, attempt: int = 1) -> Driver:
+def turn(loop: Loop, world: World, run_dir: Path, steps: int, attempt: int = 1, interval: int = 1) -> Driver:
     """Run a loop to its end, from the newest checkpoint."""
 
     async def run() -> Driver:
-        driver = await begin(world, run_dir, steps, attempt)
+        driver = await begin(world, run_dir, steps, attempt, interval)
         with driver.record:
             await loop(driver)
         return driver
@@ -172,6 +173,31 @@ def test_one_step_ahead_samples_beside_training_and_never_under_new_weights(tmp_
     versions = {step: row["rollout/weight_version/max"] for step, row in metrics_of(tmp_path).items()}
     assert versions == {1: 0, 2: 0, 3: 1, 4: 2}
     assert "sample 5" not in " ".join(world.log), "nothing is sampled that nobody learns from"
+
+
+@pytest.mark.parametrize(("loop", "sampled_by"), [(synchronous, "0022"), (one_step_ahead, "0002")])
+def test_weights_are_sent_at_every_nth_step_alone(loop: Loop, sampled_by: str, tmp_path: Path) -> None:
+    world = World(evaluates=True)
+    turn(loop, world, tmp_path, steps=5, interval=2)
+    assert [entry for entry in world.log if entry.startswith("weights")] == [
+        "weights 0",
+        "weights 2",
+        "weights 4",
+    ]
+    metrics = metrics_of(tmp_path)
+    versions = "".join(f"{metrics[step]['rollout/weight_version/max']:.0f}" for step in (1, 2, 3, 4))
+    assert versions == sampled_by
+    evaluated = {step: row.get("rollout/weight_version/eval") for step, row in metrics.items()}
+    assert evaluated[0] == 0 and evaluated[5] == 4, "an evaluation says whose answers it judged"
+
+
+def test_a_resumed_run_begins_with_the_weights_of_its_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(RunError):
+        turn(synchronous, World(breaks="learn 4"), tmp_path, steps=6, interval=5)
+    resumed = World()
+    turn(synchronous, resumed, tmp_path, steps=6, attempt=2, interval=5)
+    assert resumed.log[:2] == ["weights 3", "sample 4 by 3"]
+    assert resumed.log.count("weights 5") == 1 and "weights 4" not in resumed.log
 
 
 def test_only_the_loop_that_runs_ahead_reports_what_the_trainer_waited(tmp_path: Path) -> None:

@@ -639,6 +639,10 @@ CASES: dict[str, tuple[Case, Case]] = {
     "SMP1": (Case("--rollout-temperature 0"), Case("--rollout-temperature 0 --loss-type sft_loss")),
     "SMP2": (Case("--rollout-top-p 0.95"), Case("--eval-top-p 0.95 --eval-prompt-data math test.jsonl")),
     "OFF1": (Case("--one-step-ahead"), Case("--one-step-ahead --use-tis")),
+    "OFF3": (
+        Case("--update-weights-interval 2 --true-on-policy-mode"),
+        Case("--update-weights-interval 2"),
+    ),
     "OFF2": (
         Case("--partial-rollout"),
         Case("--partial-rollout --mask-offpolicy-in-partial-rollout --over-sampling-batch-size 48"),
