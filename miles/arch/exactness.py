@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from miles.arch.spec import ArchSpec, DenseMlpSpec
+from miles.arch.spec import ArchSpec
 
 
 def exact_obstacle(spec: ArchSpec) -> str:
     """What stands in the way of exact numerics; empty where nothing does."""
     if any(layer.attention.indexer is not None for layer in spec.layers):
         return "sparse attention by an indexer"
-    if not spec.has_plain_attention:
-        return "attention in windows, or with capped scores"
-    if any(isinstance(layer.mlp, DenseMlpSpec) and layer.mlp.activation != "silu" for layer in spec.layers):
-        return "a GELU"
+    if any(layer.attention.softcap is not None for layer in spec.layers):
+        return "attention with capped scores"
+    if any(layer.attention.chunk is not None for layer in spec.layers):
+        return "attention in chunks"
+    if spec.streams is not None:
+        return "several residual streams"
     if spec.moe is not None and spec.moe.scales_inputs:
         return "experts that are scaled at their input"
     return "capped logits" if spec.logit_softcap is not None else ""

@@ -208,10 +208,14 @@ class AttentionSpec:
         return self.head_dim if self.qk_norm_over == "head" else self.kv_width
 
     @property
+    def extent(self) -> tuple[int | None, int | None]:
+        """What says how far back a token sees: window and chunk; two of None: all the way."""
+        return self.window, self.chunk
+
+    @property
     def is_plain(self) -> bool:
         """Whether every token sees all before it, by scores as they are."""
-        extent = (self.window, self.chunk, self.indexer)
-        return extent == (None, None, None) and self.softcap is None
+        return self.extent == (None, None) and self.indexer is None and self.softcap is None
 
     @property
     def query_factor(self) -> float:

@@ -209,13 +209,12 @@ class CachedAttention:
 
     def _mask(self, spec: AttentionSpec) -> Tensor:
         """[n, 1, num_keys]: 0 where a new token sees a key, -inf elsewhere."""
-        extent = spec.window, spec.chunk
-        if extent not in self._masks:
+        if spec.extent not in self._masks:
             keys = torch.arange(self.num_keys, device=self._positions.device)
             visible = seen(spec, self._positions.unsqueeze(1), keys)
             mask = torch.zeros(visible.shape, dtype=self._cache.keys.dtype, device=visible.device)
-            self._masks[extent] = mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
-        return self._masks[extent]
+            self._masks[spec.extent] = mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+        return self._masks[spec.extent]
 
     def attend_sparse(
         self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec

@@ -8,7 +8,9 @@ One formula on both sides, softmax(q kᵀ · scale + mask) v, with every sum tak
 - keys come in whole steps (`padded_keys`); a masked key has probability 0 and adds an exact 0;
 - the product with the values is summed block by block of `KEY_BLOCK` keys, in order: a matrix library splits
   one long sum differently for different lengths;
-- a product has at least `min_queries` rows: for fewer, libraries take other kernels.
+- a product has at least `min_queries` rows: for fewer, libraries take other kernels;
+- keys before a window or chunk are masked as those behind are, or left out in whole steps (`first_key`), so
+  that the others keep their places in every sum.
 
 torch's scaled_dot_product_attention has none of these properties. Shapes: N sequences, H query heads, Hkv
 key/value heads, G = H / Hkv, d head width, B batch of (sequence, key head), M query rows, S padded keys.
@@ -25,10 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles.arch.spec import AttentionSpec
-from miles.models.attention import beyond_mask, chunk_rows, prompt_rows
+from miles.models.attention import chunk_rows, prompt_rows
 from miles.models.invariant import bmm, softmax
 from miles.models.kv_cache import KVCache
 from miles.models.token_grid import TokenGrid
+from miles.models.visible import additive_mask, first_seen
 
 KEY_STEP = 16
 """Keys are padded to a whole number of these: the width of the widest vector registers."""
@@ -39,11 +42,20 @@ QUERY_STEP = 8
 QUERY_BLOCK = 128
 SCORE_ELEMENTS = 1 << 20
 """Scores held at once: 4 MiB in fp32, held by a cache until their last use."""
+CUDA_LANES = 1024
+"""Running sums in which softmax adds a row on CUDA."""
 
 
 def padded_keys(count: int) -> int:
     """Width to which `count` keys are padded."""
     return -(-count // KEY_STEP) * KEY_STEP
+
+
+def first_key(spec: AttentionSpec, position: int, device: torch.device) -> int:
+    """Keys before this one are left out for queries from `position` on: a whole number of blocks of the sum
+    over values, and of the lanes of the softmax."""
+    step = KEY_BLOCK if device.type == "cpu" else CUDA_LANES
+    return first_seen(spec, position) // step * step
 
 
 def probabilities(q: Tensor, k: Tensor, masked_from: int, mask: Tensor) -> Tensor:
@@ -85,30 +97,43 @@ class ExactCachedAttention:
         self._min_queries = min_queries
         slots = torch.arange(self.num_sequences, device=lengths.device)
         self._rows = cache.rows(slots, lengths)
-        self._mask = beyond_mask(lengths, self.num_keys, torch.float32).unsqueeze(1)
+        self._positions = lengths
+        self._seen: dict[tuple[int | None, int | None], tuple[int, Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         cache, n, groups = self._cache, self.num_sequences, spec.num_heads // spec.num_kv_heads
         cache.write(layer, self._rows, k, v)
-        keys = cache.keys[layer, :n, :, : self.num_keys].flatten(0, 1).float()
-        values = cache.values[layer, :n, :, : self.num_keys].flatten(0, 1).float()
-        queries, p = self._buffers(groups)
+        first, mask = self._keys_seen(spec)
+        keys = cache.keys[layer, :n, :, first : self.num_keys].flatten(0, 1).float()
+        values = cache.values[layer, :n, :, first : self.num_keys].flatten(0, 1).float()
+        queries, p = self._buffers(groups, keys.shape[1])
         torch.mul(q.float(), spec.head_dim**-0.5, out=queries.own.view(q.shape))
-        scores = bmm(queries.read, keys.transpose(1, 2)).view(n, -1, queries.read.shape[1], self.num_keys)
-        softmax(scores[:, :, :groups] + self._mask, out=p.own)
+        scores = bmm(queries.read, keys.transpose(1, 2)).view(n, -1, queries.read.shape[1], keys.shape[1])
+        softmax(scores[:, :, :groups] + mask, out=p.own)
         out = weighted_values(p.read, values)
         return out[:, :groups].reshape(n, spec.query_width).to(q.dtype)
 
-    def _buffers(self, groups: int) -> tuple[_OverlappingRows, _OverlappingRows]:
+    def _keys_seen(self, spec: AttentionSpec) -> tuple[int, Tensor]:
+        """The first key that is read, and the mask [n, 1, 1, keys] of those from it on."""
+        if spec.extent not in self._seen:
+            first = 0
+            if spec.extent != (None, None):
+                first = first_key(spec, int(self._positions.min()), self._positions.device)
+            keys = torch.arange(first, self.num_keys, device=self._positions.device)
+            mask = additive_mask(spec, self._positions.unsqueeze(1), keys)
+            self._seen[spec.extent] = first, mask[:, None, None]
+        return self._seen[spec.extent]
+
+    def _buffers(self, groups: int, num_keys: int) -> tuple[_OverlappingRows, _OverlappingRows]:
         """Queries and probabilities; all layers use the same, and the next steps as long as they fit."""
         shape = (self.num_sequences, self._cache.num_kv_heads, groups)
-        least, device = self._min_queries, self._mask.device
+        least, device = self._min_queries, self._positions.device
 
         def make() -> tuple[_OverlappingRows, _OverlappingRows]:
             queries = _OverlappingRows(shape, self._cache.head_dim, least, device)
-            return queries, _OverlappingRows(shape, self.num_keys, least, device)
+            return queries, _OverlappingRows(shape, num_keys, least, device)
 
-        return self._cache.workspace((shape, self.num_keys, least), make)
+        return self._cache.workspace((shape, num_keys, least), make)
 
 
 class _OverlappingRows:
@@ -137,22 +162,23 @@ class ExactChunkAttention:
         self._cache.write(layer, self._rows, k, v)
         queries = q.float() * spec.head_dim**-0.5
         blocks = [
-            self._block(layer, queries, start, min(start + QUERY_BLOCK, self._stop))
+            self._block(layer, queries, start, min(start + QUERY_BLOCK, self._stop), spec)
             for start in range(self._start, self._stop, QUERY_BLOCK)
         ]
         return torch.cat(blocks).to(q.dtype)
 
-    def _block(self, layer: int, queries: Tensor, start: int, stop: int) -> Tensor:
+    def _block(self, layer: int, queries: Tensor, start: int, stop: int, spec: AttentionSpec) -> Tensor:
         """Queries at positions start..stop-1 of the chunk's queries [T, H, d] -> [stop - start, H * d]."""
-        kv_heads, width, height = self._cache.num_kv_heads, padded_keys(stop), stop - start
+        kv_heads, height = self._cache.num_kv_heads, stop - start
+        seen = slice(first_key(spec, start, queries.device), padded_keys(stop))
         rows = -(-height // QUERY_STEP) * QUERY_STEP
         part = queries[start - self._start : stop - self._start].transpose(0, 1)
         part = F.pad(part, (0, 0, 0, rows - height)).reshape(kv_heads, -1, queries.shape[2])
-        positions = torch.arange(start, start + rows, device=queries.device)
-        mask = beyond_mask(positions, width, queries.dtype).squeeze(1).repeat(part.shape[1] // rows, 1)
-        keys, values = (
-            x[layer, self._slot, :, :width].float() for x in (self._cache.keys, self._cache.values)
-        )
+        positions = torch.arange(seen.start, max(start + rows, seen.stop), device=queries.device)
+        at, keys_at = positions[start - seen.start :][:rows], positions[: seen.stop - seen.start]
+        # Rows past the end may see nothing at all: they are nobody's.
+        mask = additive_mask(spec, at.unsqueeze(1), keys_at).repeat(part.shape[1] // rows, 1)
+        keys, values = (x[layer, self._slot, :, seen].float() for x in (self._cache.keys, self._cache.values))
         out = weighted_values(probabilities(part, keys, 0, mask), values)
         return out.view(queries.shape[1], rows, -1)[:, :height].transpose(0, 1).flatten(1)
 
@@ -178,9 +204,9 @@ class ExactPackedAttention:
         queries = q.float() * spec.head_dim**-0.5
         queries = self._grid.lay_out(queries, -(-longest // QUERY_STEP) * QUERY_STEP)
         keys, values = (self._grid.lay_out(x.float(), padded_keys(longest)) for x in (k, v))
-        return self._grid.flatten(_CausalBlocks.apply(queries, keys, values, self)).to(q.dtype)
+        return self._grid.flatten(_CausalBlocks.apply(queries, keys, values, self, spec)).to(q.dtype)
 
-    def blocks(self, q: Tensor, k: Tensor) -> Iterator[_Block]:
+    def blocks(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Iterator[_Block]:
         """The query blocks of grids q [N, H, L, d] and k [N, Hkv, S, d]."""
         num_queries, kv_heads = q.shape[2], k.shape[1]
         groups = q.shape[1] // kv_heads
@@ -190,7 +216,15 @@ class ExactPackedAttention:
             stop = min(start + height, num_queries)
             keys = min(padded_keys(stop), k.shape[2])
             reaching = sum(length > start for length in self._lengths)
-            yield _Block(start, stop, keys, reaching, self._mask(q, groups, stop - start, keys - start))
+            if spec.extent == (None, None):
+                mask = self._mask(q, groups, stop - start, keys - start)
+                yield _Block(slice(start, stop), slice(0, keys), reaching, start, mask)
+                continue
+            first = first_key(spec, start, q.device)
+            positions = torch.arange(first, max(keys, stop), device=q.device)
+            queries = positions[start - first : stop - first].unsqueeze(1)
+            mask = additive_mask(spec, queries, positions[: keys - first]).repeat(groups, 1)
+            yield _Block(slice(start, stop), slice(first, keys), reaching, 0, mask)
 
     def _mask(self, q: Tensor, groups: int, height: int, width: int) -> Tensor:
         """Causal mask of a block over the keys from its first query on: [G * height, width]."""
@@ -202,31 +236,32 @@ class ExactPackedAttention:
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries start:stop of the first `reaching` sequences, against the first `keys` keys."""
+    """Some queries of the first `reaching` sequences, against some keys, with a mask of those from number
+    `masked_from` of them on."""
 
-    start: int
-    stop: int
-    keys: int
+    rows: slice
+    keys: slice
     reaching: int
+    masked_from: int
     mask: Tensor
 
     def queries(self, grid: Tensor, kv_heads: int) -> Tensor:
         """[N, H, L, d] -> [B, G * height, d], a copy."""
-        part = grid[: self.reaching, :, self.start : self.stop]
+        part = grid[: self.reaching, :, self.rows]
         return part.reshape(self.reaching * kv_heads, -1, grid.shape[3])
 
     def seen(self, grid: Tensor) -> Tensor:
         """[N, Hkv, S, d] -> [B, keys, d], a view."""
-        return grid[: self.reaching, :, : self.keys].flatten(0, 1)
+        return grid[: self.reaching, :, self.keys].flatten(0, 1)
 
     def put(self, grid: Tensor, rows: Tensor) -> None:
         """Write [B, G * height, d] back to where `queries` took it."""
-        part = grid[: self.reaching, :, self.start : self.stop]
+        part = grid[: self.reaching, :, self.rows]
         part.copy_(rows.view(part.shape))
 
     def add(self, grid: Tensor, rows: Tensor) -> None:
         """Add [B, keys, d] to where `seen` took it."""
-        part = grid[: self.reaching, :, : self.keys]
+        part = grid[: self.reaching, :, self.keys]
         part += rows.view(part.shape)
 
 
@@ -234,28 +269,30 @@ class _CausalBlocks(torch.autograd.Function):
     """Keeps q, k and v; backward computes the probabilities again, unless there is one block only."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: ExactPackedAttention) -> Tensor:
-        out, p = torch.zeros_like(q), None
-        blocks = list(plan.blocks(q, k))
-        for block in blocks:
-            p = probabilities(block.queries(q, k.shape[1]), block.seen(k), block.start, block.mask)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: ExactPackedAttention, spec: AttentionSpec
+    ) -> Tensor:
+        out, p, count = torch.zeros_like(q), None, 0
+        for block in plan.blocks(q, k, spec):
+            p = probabilities(block.queries(q, k.shape[1]), block.seen(k), block.masked_from, block.mask)
             block.put(out, weighted_values(p, block.seen(v)))
-        ctx.save_for_backward(q, k, v, p if len(blocks) == 1 else None)
-        ctx.plan = plan
+            count += 1
+        ctx.save_for_backward(q, k, v, p if count == 1 else None)
+        ctx.plan, ctx.spec = plan, spec
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, only = ctx.saved_tensors
         kv_heads = k.shape[1]
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
-        for block in ctx.plan.blocks(q, k):
+        for block in ctx.plan.blocks(q, k, ctx.spec):
             q_BMd, grad_BMd = block.queries(q, kv_heads), block.queries(grad, kv_heads)
             k_BSd, v_BSd = block.seen(k), block.seen(v)
-            p = probabilities(q_BMd, k_BSd, block.start, block.mask) if only is None else only
+            p = probabilities(q_BMd, k_BSd, block.masked_from, block.mask) if only is None else only
             grad_p = torch.bmm(grad_BMd, v_BSd.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
             block.put(grad_q, torch.bmm(grad_scores, k_BSd))
             block.add(grad_k, torch.bmm(grad_scores.transpose(1, 2), q_BMd))
             block.add(grad_v, torch.bmm(p.transpose(1, 2), grad_BMd))
-        return grad_q, grad_k, grad_v, None
+        return grad_q, grad_k, grad_v, None, None

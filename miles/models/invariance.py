@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from miles.arch.exactness import exact_obstacle
-from miles.arch.spec import ArchSpec, AttentionSpec, MoeSpec
+from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, MoeSpec
 from miles.models.decoder import Decoder
 from miles.models.exact_attention import QUERY_STEP
 from miles.models.experts import routed_experts
@@ -30,6 +30,8 @@ ROW_COUNTS = (*range(1, 34), 48, 63, 64, 65, 71)
 MIN_QUERIES = (1, 2, 4, QUERY_STEP)
 MOST_EXPERTS = 8
 """Experts of the model that is tried as a whole."""
+SHORT_EXTENT = 25
+"""Tokens of a window or chunk, in attention and in a model that are tried: sequences there are short."""
 
 RowOperation = Callable[[Tensor], Tensor]
 
@@ -67,8 +69,10 @@ class _Probe:
 
     def min_queries(self, numerics: ExactNumerics) -> int:
         """Fewest query rows with which decoding position by position equals the packed attention."""
-        attention = self.spec.layers[0].attention
-        probe = AttentionProbe(self.spec, self.generator, self.device)
+        return max(self._min_queries(attention, numerics) for attention in _kinds_of_attention(self.spec))
+
+    def _min_queries(self, attention: AttentionSpec, numerics: ExactNumerics) -> int:
+        probe = AttentionProbe(self.spec, attention, self.generator, self.device)
         for least in MIN_QUERIES:
             if probe.products_agree(least) and probe.paths_agree(replace(numerics, min_queries=least)):
                 return least
@@ -98,10 +102,14 @@ class _Probe:
     def _row_operations(self, numerics: ExactNumerics) -> Iterator[tuple[str, int, RowOperation]]:
         spec = self.spec
         weight = self._random(spec.hidden_size)
-        yield "rms norm", spec.hidden_size, lambda x: rms_norm(x, weight, spec.rms_norm_eps)
+        eps, plus_one = spec.rms_norm_eps, spec.norm_plus_one
+        yield "rms norm", spec.hidden_size, lambda x: rms_norm(x, weight, eps, plus_one)
         yield "log-softmax", spec.vocab_size, lambda x: scaled_log_softmax(x, 0.9)
-        for mlp in {layer.mlp for layer in spec.layers}:
-            yield "swiglu", 2 * mlp.intermediate_size, numerics.swiglu
+        for mlp in dict.fromkeys(layer.mlp for layer in spec.layers):
+            if isinstance(mlp, DenseMlpSpec) and mlp.activation == "gelu_tanh":
+                yield "geglu", 2 * mlp.intermediate_size, numerics.geglu
+            else:
+                yield "swiglu", 2 * mlp.intermediate_size, numerics.swiglu
             if isinstance(mlp, MoeSpec):
                 if mlp.shared_size:
                     yield "swiglu", 2 * mlp.shared_size, numerics.swiglu
@@ -132,6 +140,21 @@ class _Probe:
         return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
 
 
+def _kinds_of_attention(spec: ArchSpec) -> Iterator[AttentionSpec]:
+    """One of each kind that attends differently."""
+    kinds = {}
+    for layer in spec.layers:
+        attention = _short(layer.attention)
+        kinds[attention.num_heads, attention.num_kv_heads, attention.head_dim, attention.extent] = attention
+    yield from kinds.values()
+
+
+def _short(attention: AttentionSpec) -> AttentionSpec:
+    """The same with a window or chunk that short sequences cross."""
+    window, chunk = (None if extent is None else min(extent, SHORT_EXTENT) for extent in attention.extent)
+    return replace(attention, window=window, chunk=chunk)
+
+
 def _smallest(spec: ArchSpec) -> ArchSpec:
     """One layer of each kind with at most `MOST_EXPERTS` experts, and a few tokens' embeddings."""
     layers = []
@@ -140,7 +163,7 @@ def _smallest(spec: ArchSpec) -> ArchSpec:
         if isinstance(mlp, MoeSpec):
             experts = min(mlp.num_experts, MOST_EXPERTS)
             mlp = replace(mlp, num_experts=experts, top_k=min(mlp.top_k, experts), num_groups=1, top_groups=1)
-        layers.append(replace(layer, mlp=mlp))
+        layers.append(replace(layer, attention=_short(layer.attention), mlp=mlp))
     return replace(spec, layers=tuple(layers), vocab_size=min(spec.vocab_size, 64))
 
 

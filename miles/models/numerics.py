@@ -6,8 +6,8 @@ breaks that on a CPU, and what each operation of `ExactNumerics` does about it:
 
 - matrix libraries take other kernels for other numbers of rows: `row_blocks` of counts that agree;
 - scaled_dot_product_attention sums a query's keys in another order than a decode step: `exact_attention`;
-- torch's vectorised functions round the last elements of a run otherwise, and threads cut runs anywhere:
-  only operations with one rounding per element, exp, and reductions over whole rows are used;
+- some of torch's vectorised functions round the last elements of a run otherwise, and threads cut runs
+  anywhere: only operations with one rounding per element, exp, and reductions over whole rows are used;
 - fused multiply-add may or may not be taken: products and sums are rounded one by one.
 """
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles.arch.spec import AttentionSpec, Scoring
-from miles.models import experts, norm, rotary
+from miles.models import experts, geglu, norm, rotary
 from miles.models import swiglu as activation
 from miles.models.attention import Attention, CachedAttention, ChunkAttention, PackedAttention
 from miles.models.exact_attention import (
@@ -72,6 +72,10 @@ class Numerics(Protocol):
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """[T, 2I] -> [T, I]."""
+        ...
+
+    def geglu(self, gate_up: Tensor, sparsity: float = 0.0) -> Tensor:
+        """See `geglu.geglu`."""
         ...
 
     def router_scores(self, x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
@@ -164,6 +168,9 @@ class FastNumerics:
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return activation.swiglu(gate_up)
+
+    def geglu(self, gate_up: Tensor, sparsity: float = 0.0) -> Tensor:
+        return geglu.geglu(gate_up, sparsity)
 
     def router_scores(self, x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
         if scoring == "sigmoid":
@@ -263,6 +270,9 @@ class ExactNumerics:
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return activation.swiglu(gate_up, self._activation)
+
+    def geglu(self, gate_up: Tensor, sparsity: float = 0.0) -> Tensor:
+        return geglu.geglu(gate_up, sparsity, geglu.gelu_of_exp)
 
     def router_scores(self, x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
         # In fp32 for any weights: near ties between experts are common in bf16.

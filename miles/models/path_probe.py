@@ -35,12 +35,10 @@ class AttentionProbe:
     """Attention in fp32, as exact numerics compute it for any dtype."""
 
     model: ArchSpec
+    spec: AttentionSpec
+    """Of the layers that are tried."""
     generator: torch.Generator
     device: torch.device
-
-    @property
-    def spec(self) -> AttentionSpec:
-        return self.model.layers[0].attention
 
     def products_agree(self, min_queries: int) -> bool:
         """Whether scores and weighted values of a query have the same bits among other numbers of queries,
@@ -82,7 +80,7 @@ class AttentionProbe:
             k = v
         starts = torch.tensor([0, *lengths], device=self.device).cumsum(0)
         packed = numerics.packed_attention(starts).attend(0, q, k, v, self.spec)
-        one_layer = replace(self.model, layers=self.model.layers[:1])
+        one_layer = replace(self.model, layers=(replace(self.model.layers[0], attention=self.spec),))
         cache = KVCache(one_layer, len(lengths), numerics.cache_length(longest), device=self.device)
         for position in range(longest):
             filled = torch.tensor([position % length for length in lengths], device=self.device)

@@ -96,11 +96,14 @@ class TreeAttention:
         scores = softcapped(torch.bmm(queries, keys.transpose(1, 2)), spec.softcap)
         n, width, _ = self._nodes.ancestors.shape
         by_node = scores.view(n, spec.num_heads, width, self.num_keys)
-        extent = spec.window, spec.chunk
-        if extent not in self._masks:
-            self._masks[extent] = self._nodes.mask(self.num_keys, q.dtype, spec).unsqueeze(1)
-        by_node.add_(self._masks[extent])
+        by_node.add_(self._mask(q.dtype, spec).unsqueeze(1))
         return self._flatten(torch.bmm(torch.softmax(scores, -1), values), spec)
+
+    def _mask(self, dtype: torch.dtype, spec: AttentionSpec) -> Tensor:
+        """Of the nodes in layers that see as far as this one [n, W, S]."""
+        if spec.extent not in self._masks:
+            self._masks[spec.extent] = self._nodes.mask(self.num_keys, dtype, spec)
+        return self._masks[spec.extent]
 
     def attend_sparse(
         self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec
@@ -147,7 +150,6 @@ class ExactChainAttention(TreeAttention):
         assert nodes.is_chain
         super().__init__(cache, nodes)
         self.num_keys = padded_keys(nodes.num_columns)
-        self._mask = nodes.mask(self.num_keys, torch.float32)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         self._cache.write(layer, self._rows, k, v)
@@ -156,7 +158,7 @@ class ExactChainAttention(TreeAttention):
         # As the packed side does: query rows come in whole steps.
         missing = -rows % QUERY_STEP
         groups = spec.num_heads // spec.num_kv_heads
-        mask = F.pad(self._mask.repeat(1, groups, 1), (0, 0, 0, missing))
+        mask = F.pad(self._mask(torch.float32, spec).repeat(1, groups, 1), (0, 0, 0, missing))
         mask = mask.repeat_interleave(spec.num_kv_heads, 0)
         p = probabilities(F.pad(queries, (0, 0, 0, missing)), keys, 0, mask)
         return self._flatten(weighted_values(p, values)[:, :rows], spec).to(q.dtype)
@@ -173,10 +175,8 @@ class ExactTreeAttention:
         self._rows = cache.rows(nodes.slots, nodes.columns)
         self._num_keys = padded_keys(int(nodes.positions.max()) + 1)
         self._path_rows = self._rows_of_paths(nodes)
-        steps = torch.arange(self._num_keys, device=nodes.slots.device)
-        beyond = steps > nodes.positions.unsqueeze(1)
-        mask = torch.zeros(beyond.shape, device=beyond.device)
-        self._mask = mask.masked_fill_(beyond, float("-inf")).unsqueeze(1)
+        self._positions = nodes.positions
+        self._masks: dict[tuple[int | None, int | None], Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         cache, num_nodes, groups = self._cache, q.shape[0], spec.num_heads // spec.num_kv_heads
@@ -189,9 +189,17 @@ class ExactTreeAttention:
         queries = q.float() * spec.head_dim**-0.5
         queries = queries.view(num_nodes * spec.num_kv_heads, groups, spec.head_dim)
         queries = F.pad(queries, (0, 0, 0, max(0, self._min_queries - groups)))
-        mask = self._mask.repeat_interleave(spec.num_kv_heads, 0)
+        mask = self._mask(spec).repeat_interleave(spec.num_kv_heads, 0)
         out = weighted_values(probabilities(queries, keys, 0, mask), values)
         return out[:, :groups].reshape(num_nodes, spec.query_width).to(q.dtype)
+
+    def _mask(self, spec: AttentionSpec) -> Tensor:
+        """[T, 1, S] of keys in the order of positions."""
+        if spec.extent not in self._masks:
+            keys = torch.arange(self._num_keys, device=self._positions.device)
+            mask = visible.additive_mask(spec, self._positions.unsqueeze(1), keys)
+            self._masks[spec.extent] = mask.unsqueeze(1)
+        return self._masks[spec.extent]
 
     def _rows_of_paths(self, nodes: TreeNodes) -> Tensor:
         """Cache rows of position 0, 1, … of every node's path, head by head: int64 [T * Hkv * S]."""

@@ -27,6 +27,12 @@ def seen(spec: AttentionSpec, queries: Tensor, keys: Tensor) -> Tensor:
     return visible
 
 
+def additive_mask(spec: AttentionSpec, queries: Tensor, keys: Tensor) -> Tensor:
+    """fp32: 0 where a query sees a key, -inf elsewhere; positions as in `seen`."""
+    visible = seen(spec, queries, keys)
+    return torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
 def first_seen(spec: AttentionSpec, position: int) -> int:
     """The first position that a query at `position` sees."""
     in_window = 0 if spec.window is None else max(0, position - spec.window + 1)

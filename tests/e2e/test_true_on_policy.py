@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from e2e_support import SMALL, Cli
 
+from miles.arch.shrink import small_config
+from miles.arch.specs import shipped_spec
+from miles.data.tasks import sort
+from miles.orchestration.small_model import make_small_model
 from miles.planning.facts.compiler import read_compiler
 from miles.record import RunReader
+from miles.weights.hf import copy_companions
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +50,27 @@ def test_every_step_of_a_run_is_exactly_on_policy(
     (told,) = reader.history.of_kind("numerics")
     assert told["numerics"] == "exact" and {"experts", "attention"} <= told.keys()
     assert ("compiled" in told["rows"]) == (compiled and dtype == "fp32")
+
+
+@pytest.mark.parametrize("model", ["gemma-3-1b"])
+def test_other_families_are_exactly_on_policy(
+    model: str, cli: Cli, warm_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The small model of a family, with random weights and rewards; sequences are longer than it sees."""
+    described, small = tmp_path / "described", tmp_path / "small"
+    described.mkdir()
+    config = small_config(shipped_spec(model), len(sort.VOCABULARY))
+    special = {key: value for key, value in sort.model_config().items() if key.endswith("_token_id")}
+    (described / "config.json").write_text(json.dumps(config | special | {"torch_dtype": "float32"}))
+    copy_companions(warm_checkpoint, described)
+    make_small_model(described, small)
+    steps = ("--num-rollout", "3", "--skip-eval-before-train", "--rm-type", "random")
+    done = cli("train", *SMALL, *steps, "--true-on-policy-mode", "--hf-checkpoint", str(small))
+    assert done.returncode == 0, done.stderr
+    reader = RunReader(cli.only_run())
+    for name in ZERO[:2]:
+        assert list(reader.series(name).values) == [0.0] * 3, name
+    assert all(value > 0 for value in reader.series("train/grad_norm").values)
 
 
 def test_an_engine_with_other_weights_is_an_alarm(cli: Cli) -> None:

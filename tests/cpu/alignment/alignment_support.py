@@ -17,6 +17,7 @@ from miles.arch.spec import (
     DenseMlpSpec,
     LatentSpec,
     LayerSpec,
+    LinearScaling,
     MoeSpec,
     RopeSpec,
     YarnScaling,
@@ -84,6 +85,17 @@ def _deepseek_v3() -> ArchSpec:
     return replace(spec, family="deepseek_v3", architecture="DeepseekV3ForCausalLM", layers=layers)
 
 
+def _gemma3() -> ArchSpec:
+    """Windows in all layers but one, which rotates otherwise; norms around blocks, GELU, one head of keys."""
+    spec = make_spec(40, (4, 1, 12), DenseMlpSpec(36, "gelu_tanh"), 43)
+    full = replace(spec.layers[0].attention, rope=RopeSpec(1e4, LinearScaling(8.0)), scale=0.25)
+    windowed = replace(full, rope=RopeSpec(100.0), window=21)
+    kinds = (windowed, full, windowed)
+    layers = tuple(LayerSpec(kind, spec.layers[0].mlp, output_norms=True) for kind in kinds)
+    plus = {"norm_plus_one": True, "embedding_scale": 40**0.5, "tie_word_embeddings": True}
+    return replace(spec, family="gemma3_text", architecture="Gemma3ForCausalLM", layers=layers, **plus)
+
+
 SPECS = {
     "the quickstart's experts": make_spec(64, (4, 2, 16), MoeSpec(8, 2, 64, norm_topk_prob=True), 55),
     "odd widths": make_spec(40, (6, 2, 8), MoeSpec(6, 3, 20, norm_topk_prob=True), 37, layers=3),
@@ -92,6 +104,7 @@ SPECS = {
     "glm4_moe": _glm4_moe(),
     "minimax_m2": _minimax_m2(),
     "deepseek_v3": _deepseek_v3(),
+    "gemma3": _gemma3(),
 }
 QUICKSTART = SPECS["the quickstart's experts"]
 

@@ -13,6 +13,7 @@ from miles.models.numerics import FAST
 DTYPES = (torch.float32, torch.bfloat16)
 LONG_IN_BF16 = (torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow))
 MIXED = Traffic()
+LIMITED = ("gemma3",)
 CASES = {
     "one request at a time": replace(MIXED, slots=1),
     "all requests at once": replace(MIXED, slots=64),
@@ -41,6 +42,16 @@ def test_no_log_prob_differs(name: str, dtype: torch.dtype, exact) -> None:
 def test_neither_batch_nor_order_nor_sharing_shows_in_the_bits(case: str, exact) -> None:
     wrong, compared = Sides(QUICKSTART, exact(QUICKSTART, torch.float32)).differing(CASES[case])
     assert compared > 100 and wrong == 0
+
+
+@pytest.mark.parametrize("dtype", LONG_IN_BF16, ids=str)
+@pytest.mark.parametrize("name", LIMITED)
+def test_tokens_that_do_not_see_all_before_them(name: str, dtype: torch.dtype, exact) -> None:
+    """Across the borders of what they see, in whole sequences, in chunks and over key blocks left out."""
+    sides = Sides(SPECS[name], exact(SPECS[name], dtype), dtype)
+    for case in ("prompts read in chunks", "chunks across key blocks", "groups of eight share a prompt"):
+        wrong, compared = sides.differing(CASES[case])
+        assert compared > 100 and wrong == 0, case
 
 
 @pytest.mark.slow

@@ -625,8 +625,8 @@ CASES: dict[str, tuple[Case, Case]] = {
         Case(f"--true-on-policy-mode {BLOCKWISE}"),
     ),
     "ALN9": (
+        Case("--true-on-policy-mode", facts=indexed),
         Case("--true-on-policy-mode", facts=windowed),
-        Case("--true-on-policy-mode"),
     ),
     "KRN2": (
         Case("--train-kernel fused", facts=machine(compiler=None)),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from miles.arch.spec import ArchSpec
 from miles.models.invariance import find_exact_numerics
 from miles.rollout.engine import GenerateOutput
 from miles.rollout.native.break_even import BreakEven
@@ -69,17 +70,19 @@ def test_certain_guesses_leave_every_token_as_it_is(
     "settings", [pytest.param(CHAIN, marks=pytest.mark.slow), TREE], ids=["chain", "tree"]
 )
 @pytest.mark.parametrize(
-    ("moe", "dtype"),
+    ("kind", "dtype"),
     [
-        pytest.param(True, torch.float32, id="moe"),
-        pytest.param(False, torch.float32, id="dense", marks=pytest.mark.slow),
-        pytest.param(True, torch.bfloat16, id="moe in bf16", marks=pytest.mark.slow),
+        pytest.param("moe", torch.float32, id="moe"),
+        pytest.param("dense", torch.float32, id="dense", marks=pytest.mark.slow),
+        pytest.param("windows", torch.float32, id="windows", marks=pytest.mark.slow),
+        pytest.param("moe", torch.bfloat16, id="moe in bf16", marks=pytest.mark.slow),
     ],
 )
-def test_exact_numerics_keep_every_bit(settings: SpeculationSettings, moe: bool, dtype: torch.dtype) -> None:
+def test_exact_numerics_keep_every_bit(settings: SpeculationSettings, kind: str, dtype: torch.dtype) -> None:
     """Of log-probs and routes, accepted guesses among them. Long enough for several blocks of keys; requests
     end at different times and move between slots."""
-    spec = replace(make_spec(moe), max_position_embeddings=256)
+    spec = replace(make_spec(kind == "moe"), max_position_embeddings=256)
+    spec = _in_windows(spec) if kind == "windows" else spec
     numerics = find_exact_numerics(spec, dtype)
     policy = Policy.random(spec, numerics)
     policy.decoder.to(dtype)
@@ -91,6 +94,15 @@ def test_exact_numerics_keep_every_bit(settings: SpeculationSettings, moe: bool,
     for plain, speculative in pairs:
         assert_same(plain, speculative, atol=0)
     assert sum(speculative.spec_info.accepted_tokens for _, speculative in pairs) > 100
+
+
+def _in_windows(spec: ArchSpec) -> ArchSpec:
+    """A window in all layers but one."""
+    windowed, full, *rest = spec.layers
+    windowed, *rest = (
+        replace(layer, attention=replace(layer.attention, window=13)) for layer in (windowed, *rest)
+    )
+    return replace(spec, layers=(windowed, full, *rest))
 
 
 def test_random_traffic_gets_the_answers_of_plain_decoding(policy: Policy) -> None:
