@@ -9,12 +9,10 @@ def exact_obstacle(spec: ArchSpec) -> str:
     """What stands in the way of exact numerics; empty where nothing does."""
     if any(layer.attention.indexer is not None for layer in spec.layers):
         return "sparse attention by an indexer"
-    if any(layer.attention.softcap is not None for layer in spec.layers):
-        return "attention with capped scores"
     if any(layer.attention.chunk is not None for layer in spec.layers):
         return "attention in chunks"
-    if spec.streams is not None:
-        return "several residual streams"
     if spec.moe is not None and spec.moe.scales_inputs:
         return "experts that are scaled at their input"
-    return "capped logits" if spec.logit_softcap is not None else ""
+    if spec.streams is not None:
+        return "several residual streams"
+    return ""

@@ -1,7 +1,8 @@
 """Attention in which the bits of a token's result depend on its own sequence only: decoded one by one or
 packed, whatever else is in the batch, whatever width the keys are padded to.
 
-One formula on both sides, softmax(q kᵀ · scale + mask) v, with every sum taken in one order:
+One formula on both sides, softmax(q kᵀ · scale + mask) v (scores may be soft-capped), with every sum taken in
+one order:
 
 - products, softmax and sums are in fp32 for any operands, and the result is rounded once: the kernels for
   narrower numbers vary more, with the batch and with the width;
@@ -30,6 +31,7 @@ from miles.arch.spec import AttentionSpec
 from miles.models.attention import chunk_rows, prompt_rows
 from miles.models.invariant import bmm, softmax
 from miles.models.kv_cache import KVCache
+from miles.models.softcap import softcap_slope, softcapped
 from miles.models.token_grid import TokenGrid
 from miles.models.visible import additive_mask, first_seen
 
@@ -58,14 +60,17 @@ def first_key(spec: AttentionSpec, position: int, device: torch.device) -> int:
     return first_seen(spec, position) // step * step
 
 
-def probabilities(q: Tensor, k: Tensor, masked_from: int, mask: Tensor) -> Tensor:
-    """softmax(q kᵀ + mask), all in fp32.
+def scores_of(q: Tensor, k: Tensor, softcap: float | None) -> Tensor:
+    """Scaled queries q [B, M, d] against k [B, S, d] in fp32, see `AttentionSpec.softcap`: [B, M, S]."""
+    return softcapped(bmm(q, k.transpose(1, 2)), softcap)
+
+
+def probabilities(scores: Tensor, masked_from: int, mask: Tensor) -> Tensor:
+    """softmax(scores + mask) of fp32 scores [B, M, S], which are written over.
 
     Args:
-        q: scaled queries [B, M, d]. k: [B, S, d].
         mask: 0 or -inf, added to the keys from `masked_from` on; broadcast to [B, M, S - masked_from].
     """
-    scores = bmm(q, k.transpose(1, 2))
     scores[..., masked_from:].add_(mask)
     return softmax(scores)
 
@@ -108,7 +113,8 @@ class ExactCachedAttention:
         values = cache.values[layer, :n, :, first : self.num_keys].flatten(0, 1).float()
         queries, p = self._buffers(groups, keys.shape[1])
         torch.mul(q.float(), spec.head_dim**-0.5, out=queries.own.view(q.shape))
-        scores = bmm(queries.read, keys.transpose(1, 2)).view(n, -1, queries.read.shape[1], keys.shape[1])
+        scores = scores_of(queries.read, keys, spec.softcap)
+        scores = scores.view(n, -1, queries.read.shape[1], keys.shape[1])
         softmax(scores[:, :, :groups] + mask, out=p.own)
         out = weighted_values(p.read, values)
         return out[:, :groups].reshape(n, spec.query_width).to(q.dtype)
@@ -179,7 +185,7 @@ class ExactChunkAttention:
         # Rows past the end may see nothing at all: they are nobody's.
         mask = additive_mask(spec, at.unsqueeze(1), keys_at).repeat(part.shape[1] // rows, 1)
         keys, values = (x[layer, self._slot, :, seen].float() for x in (self._cache.keys, self._cache.values))
-        out = weighted_values(probabilities(part, keys, 0, mask), values)
+        out = weighted_values(probabilities(scores_of(part, keys, spec.softcap), 0, mask), values)
         return out.view(queries.shape[1], rows, -1)[:, :height].transpose(0, 1).flatten(1)
 
 
@@ -274,7 +280,8 @@ class _CausalBlocks(torch.autograd.Function):
     ) -> Tensor:
         out, p, count = torch.zeros_like(q), None, 0
         for block in plan.blocks(q, k, spec):
-            p = probabilities(block.queries(q, k.shape[1]), block.seen(k), block.masked_from, block.mask)
+            scores = scores_of(block.queries(q, k.shape[1]), block.seen(k), spec.softcap)
+            p = probabilities(scores, block.masked_from, block.mask)
             block.put(out, weighted_values(p, block.seen(v)))
             count += 1
         ctx.save_for_backward(q, k, v, p if count == 1 else None)
@@ -284,14 +291,20 @@ class _CausalBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, only = ctx.saved_tensors
-        kv_heads = k.shape[1]
+        kv_heads, cap = k.shape[1], ctx.spec.softcap
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
         for block in ctx.plan.blocks(q, k, ctx.spec):
             q_BMd, grad_BMd = block.queries(q, kv_heads), block.queries(grad, kv_heads)
             k_BSd, v_BSd = block.seen(k), block.seen(v)
-            p = probabilities(q_BMd, k_BSd, block.masked_from, block.mask) if only is None else only
+            p, slope = only, None
+            if p is None or cap is not None:
+                scores = scores_of(q_BMd, k_BSd, cap)
+                slope = None if cap is None else softcap_slope(scores, cap)
+                p = probabilities(scores, block.masked_from, block.mask) if p is None else p
             grad_p = torch.bmm(grad_BMd, v_BSd.transpose(1, 2))
             grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            if slope is not None:
+                grad_scores.mul_(slope)
             block.put(grad_q, torch.bmm(grad_scores, k_BSd))
             block.add(grad_k, torch.bmm(grad_scores.transpose(1, 2), q_BMd))
             block.add(grad_v, torch.bmm(p.transpose(1, 2), grad_BMd))

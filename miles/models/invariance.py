@@ -23,6 +23,7 @@ from miles.models.norm import rms_norm
 from miles.models.numerics import ExactNumerics
 from miles.models.path_probe import AttentionProbe, decoding_agrees
 from miles.models.row_search import Matrices, ProbedBlocks, cancelling, impossible
+from miles.models.softcap import softcapped
 
 ROWS = 72
 ROW_COUNTS = (*range(1, 34), 48, 63, 64, 65, 71)
@@ -104,7 +105,8 @@ class _Probe:
         weight = self._random(spec.hidden_size)
         eps, plus_one = spec.rms_norm_eps, spec.norm_plus_one
         yield "rms norm", spec.hidden_size, lambda x: rms_norm(x, weight, eps, plus_one)
-        yield "log-softmax", spec.vocab_size, lambda x: scaled_log_softmax(x, 0.9)
+        cap = spec.logit_softcap
+        yield "log-softmax", spec.vocab_size, lambda x: scaled_log_softmax(softcapped(x, cap), 0.9)
         for mlp in dict.fromkeys(layer.mlp for layer in spec.layers):
             if isinstance(mlp, DenseMlpSpec) and mlp.activation == "gelu_tanh":
                 yield "geglu", 2 * mlp.intermediate_size, numerics.geglu
@@ -145,7 +147,8 @@ def _kinds_of_attention(spec: ArchSpec) -> Iterator[AttentionSpec]:
     kinds = {}
     for layer in spec.layers:
         attention = _short(layer.attention)
-        kinds[attention.num_heads, attention.num_kv_heads, attention.head_dim, attention.extent] = attention
+        heads = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        kinds[heads, attention.extent, attention.softcap] = attention
     yield from kinds.values()
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miles.models.softcap import softcapped
+from miles.models.softcap import softcap_slope, softcapped
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 LogSoftmax = Callable[[Tensor, float], Tensor]
@@ -124,8 +124,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_logits = grad_logits.div_(ctx.temperature)
             if ctx.softcap is not None:
                 assert logits_CV is not None
-                # d (c · tanh(z / c)) / dz = 1 - tanh(z / c)²
-                grad_logits.mul_(1 - (logits_CV.float() / ctx.softcap).square_())
+                grad_logits.mul_(softcap_slope(logits_CV.float(), ctx.softcap))
             grad_logits = grad_logits.to(hidden.dtype)
             torch.mm(grad_logits, head_weight, out=grad_hidden[rows])
             grad_head += torch.mm(grad_logits.t(), hidden[rows])

@@ -7,7 +7,7 @@ breaks that on a CPU, and what each operation of `ExactNumerics` does about it:
 - matrix libraries take other kernels for other numbers of rows: `row_blocks` of counts that agree;
 - scaled_dot_product_attention sums a query's keys in another order than a decode step: `exact_attention`;
 - some of torch's vectorised functions round the last elements of a run otherwise, and threads cut runs
-  anywhere: only operations with one rounding per element, exp, and reductions over whole rows are used;
+  anywhere: only operations with one rounding per element, exp, tanh, and reductions over whole rows are used;
 - fused multiply-add may or may not be taken: products and sums are rounded one by one.
 """
 

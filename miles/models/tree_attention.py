@@ -20,7 +20,7 @@ from torch import Tensor
 from miles.arch.spec import AttentionSpec
 from miles.models import visible
 from miles.models.attention import KEY_BLOCK
-from miles.models.exact_attention import QUERY_STEP, padded_keys, probabilities, weighted_values
+from miles.models.exact_attention import QUERY_STEP, padded_keys, probabilities, scores_of, weighted_values
 from miles.models.kv_cache import KVCache
 from miles.models.softcap import softcapped
 from miles.models.sparse_attention import attend_to_chosen
@@ -160,7 +160,8 @@ class ExactChainAttention(TreeAttention):
         groups = spec.num_heads // spec.num_kv_heads
         mask = F.pad(self._mask(torch.float32, spec).repeat(1, groups, 1), (0, 0, 0, missing))
         mask = mask.repeat_interleave(spec.num_kv_heads, 0)
-        p = probabilities(F.pad(queries, (0, 0, 0, missing)), keys, 0, mask)
+        scores = scores_of(F.pad(queries, (0, 0, 0, missing)), keys, spec.softcap)
+        p = probabilities(scores, 0, mask)
         return self._flatten(weighted_values(p, values)[:, :rows], spec).to(q.dtype)
 
 
@@ -190,7 +191,7 @@ class ExactTreeAttention:
         queries = queries.view(num_nodes * spec.num_kv_heads, groups, spec.head_dim)
         queries = F.pad(queries, (0, 0, 0, max(0, self._min_queries - groups)))
         mask = self._mask(spec).repeat_interleave(spec.num_kv_heads, 0)
-        out = weighted_values(probabilities(queries, keys, 0, mask), values)
+        out = weighted_values(probabilities(scores_of(queries, keys, spec.softcap), 0, mask), values)
         return out[:, :groups].reshape(num_nodes, spec.query_width).to(q.dtype)
 
     def _mask(self, spec: AttentionSpec) -> Tensor:

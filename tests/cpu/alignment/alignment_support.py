@@ -96,6 +96,15 @@ def _gemma3() -> ArchSpec:
     return replace(spec, family="gemma3_text", architecture="Gemma3ForCausalLM", layers=layers, **plus)
 
 
+def _gemma2() -> ArchSpec:
+    """Capped scores in windows and without, and capped logits."""
+    spec = _gemma3()
+    full = replace(spec.layers[1].attention, num_kv_heads=2, qk_norm=False, softcap=4.0)
+    windowed = replace(full, window=18)
+    layers = tuple(replace(spec.layers[0], attention=kind) for kind in (windowed, full))
+    return replace(spec, family="gemma2", architecture="Gemma2ForCausalLM", layers=layers, logit_softcap=6.0)
+
+
 SPECS = {
     "the quickstart's experts": make_spec(64, (4, 2, 16), MoeSpec(8, 2, 64, norm_topk_prob=True), 55),
     "odd widths": make_spec(40, (6, 2, 8), MoeSpec(6, 3, 20, norm_topk_prob=True), 37, layers=3),
@@ -104,6 +113,7 @@ SPECS = {
     "glm4_moe": _glm4_moe(),
     "minimax_m2": _minimax_m2(),
     "deepseek_v3": _deepseek_v3(),
+    "gemma2": _gemma2(),
     "gemma3": _gemma3(),
 }
 QUICKSTART = SPECS["the quickstart's experts"]

@@ -25,7 +25,8 @@ def gradients(decoder: Decoder, numerics: Numerics, lengths: tuple[int, ...]) ->
     positions = torch.cat([torch.arange(length) for length in lengths])
     attention = numerics.packed_attention(torch.tensor([0, *lengths]).cumsum(0))
     hidden = decoder(tokens, positions, attention, Router.decide())
-    log_probs, _ = token_log_probs(hidden, decoder.head_weight, targets, linear=numerics.linear)
+    cap = decoder.spec.logit_softcap
+    log_probs, _ = token_log_probs(hidden, decoder.head_weight, targets, linear=numerics.linear, softcap=cap)
     (log_probs * torch.randn(len(log_probs), generator=generator)).sum().backward()
     return {"log probs": log_probs.detach()} | {
         name: parameter.grad.clone()
