@@ -214,7 +214,7 @@ class InitForm(App[dict[str, Value]]):
         head = Text(f" miles init {self.session.target}  ", style=ink_of("strong"))
         text, style = self._verdict()
         head.append(text, style=ink_of(style))
-        self.query_one("#head", Static).update(head)
+        self.query_one("#head", Static).update(head, layout=False)
 
     def _verdict(self) -> tuple[str, str]:
         if self.seen is None or not self.is_settled:
@@ -248,7 +248,7 @@ class InitForm(App[dict[str, Value]]):
         text = Text(f"{row.question.help} ", style=ink_of(""))
         text.append(f"{row.question.flag}\n", style=ink_of("axis"))
         text.append(row.problem or row.why, style=ink_of("critical" if row.problem else "info"))
-        self.query_one("#help", Static).update(text)
+        self.query_one("#help", Static).update(text, layout=False)
 
     def action_scroll(self, pages: int) -> None:
         """Scroll the right-hand side."""

@@ -132,7 +132,7 @@ class Row(Horizontal):
 
     def _set_state(self, state: str) -> None:
         self.state = state
-        self._mark.update(MARKS[state])
+        self._mark.update(MARKS[state], layout=False)
         self.set_class(state == "given", "given")
         self.set_class(state in ("missing", "wrong"), "open")
 

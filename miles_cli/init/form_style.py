@@ -1,4 +1,4 @@
-"""The looks of the form, in the dashboard's colours."""
+"""The looks of the form, in the dashboard's colours. Head, help and marks have one size whatever they say."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from textual.widgets import Static
 from miles.config import resolve
 from miles_cli.dashboard.symbols import LADDER
 from miles_cli.init.form import InitForm, WriteAnyway
+from miles_cli.init.interview import Interview
+from miles_cli.init.preview import Preview
 from miles_cli.init.questions import Value
 from miles_cli.init.session import Session
 from miles_cli.init.suggest_data import reward_choices
@@ -23,11 +26,14 @@ Steps = Callable[[InitForm, "Pilot[dict[str, Value]]"], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def place(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty directory, its own cache, a quiet shell."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MILES_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("MILES_CACHE_DIR", str(cache))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # The pilot asks in slices of 20 ms whether the program is idle.
+    monkeypatch.setattr("textual._wait.SLEEP_GRANULARITY", 0.004)
+    monkeypatch.setattr("textual._wait.SLEEP_IDLE", 0.0004)
 
 
 def form(steps: Steps, given: dict[str, Value] | None = None, size: tuple[int, int] = (80, 24)) -> InitForm:
@@ -62,7 +68,7 @@ async def type_into(app: InitForm, pilot: Pilot[dict[str, Value]], question: str
 async def empty(app: InitForm, pilot: Pilot[dict[str, Value]], question: str) -> None:
     """Delete the text of a field; Textual handles such a key after a letter that follows at once."""
     app.rows[question].field.focus()
-    await pilot.press("end", *["backspace"] * len(app.rows[question].text))
+    await pilot.press("end", "ctrl+u")
     for _ in range(600):
         await pilot.pause(0.01)
         if app.rows[question].text == "":
@@ -183,8 +189,16 @@ def test_writing_ends_the_form_with_the_answers_of_the_user(tmp_path: Path) -> N
 def test_a_wish_to_write_waits_for_the_plan() -> None:
     async def steps(app: InitForm, pilot: Pilot[dict[str, Value]]) -> None:
         await empty(app, pilot, "num_rollout")
+        may_look, preview = threading.Event(), app.session.preview
+
+        def when_told(interview: Interview) -> Preview:
+            assert may_look.wait(60)
+            return preview(interview)
+
+        app.session.preview = when_told  # type: ignore[method-assign]
         await pilot.press("3", "ctrl+s")
         assert not app.is_settled and app.is_running
+        may_look.set()
         for _ in range(600):
             if app.return_value is not None:
                 return
