@@ -37,7 +37,7 @@ VERBS = (
     Verb("convert", "Start", "Make a checkpoint from another one: other number formats, MTP layers."),
     Verb("watch", "Observe", "Look at a run: its curves, phases and alerts."),
     Verb("export", "Observe", "Write a run's metrics for TensorBoard, a data frame or Prometheus."),
-    Verb("runs", "Observe", "List, show and resume runs."),
+    Verb("runs", "Observe", "List, show, compare, change, stop and resume runs."),
     Verb("diagnose", "Repair", "Name the cause of what a run shows, with evidence and a fix."),
     Verb("replay", "Repair", "Run one kept step again on both sides; name the first layer that differs."),
     Verb("profiles", "Config", "List, show and check the profiles that runs are built from."),

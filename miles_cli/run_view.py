@@ -127,7 +127,7 @@ def _is_accuracy(name: str) -> bool:
 
 
 def _alert(fields: Mapping[str, Any]) -> str:
-    at = f"step {fields['step']}: " if "step" in fields else ""
+    at = "" if fields.get("step") is None else f"step {fields['step']}: "
     explain = f"miles diagnose --explain {fields['rule']}"
     return f"{fields['severity']} {fields['rule']}: {at}{fields['title']}  ({explain})"
 
@@ -139,6 +139,10 @@ def _non_finite(fields: Mapping[str, Any]) -> str:
 
 def _bad_row(fields: Mapping[str, Any]) -> str:
     return f"left out: {fields['file']}:{fields['line']}: {fields['reason']}"
+
+
+def _stopping(fields: Mapping[str, Any]) -> str:
+    return "stopping at the end of this step, with a checkpoint; once more: now, without one"
 
 
 def _checkpoint(fields: Mapping[str, Any]) -> str:
@@ -182,6 +186,7 @@ EVENT_TEXTS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "alert": _alert,
     "non_finite": _non_finite,
     "bad_row": _bad_row,
+    "stopping": _stopping,
     "checkpoint": _checkpoint,
     "submitted": _submitted,
     "job_log": _job_log,
@@ -191,5 +196,5 @@ EVENT_TEXTS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "kernel_not_built": _kernel_not_built,
 }
 
-ALWAYS_SAID = ("alert", "non_finite", "worker_dead", "restart", "node_lost")
+ALWAYS_SAID = ("alert", "non_finite", "worker_dead", "restart", "node_lost", "stopping")
 """Said even under `--quiet`."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from miles.record import RunReader, events
 from miles_cli.units import count, duration
 
 if TYPE_CHECKING:
@@ -77,8 +78,13 @@ def _what_moved(before: Mapping[str, float], after: Mapping[str, float]) -> Iter
 def _next_commands(run_dir: Path, summary: Summary) -> Iterator[tuple[str, str]]:
     if summary.status != "finished":
         yield f"miles diagnose {run_dir}", "why it ended"
-        yield f"miles runs resume {run_dir}", "go on from the last checkpoint"
+        yield f"miles runs resume {run_dir}", _what_resuming_does(run_dir)
     else:
         yield f"miles watch {run_dir} --once", "curves, phases and alerts"
         yield f"miles diagnose {run_dir}", "is anything wrong, and what to change"
     yield f"miles runs show {run_dir}", "everything the run was told, and its checkpoints"
+
+
+def _what_resuming_does(run_dir: Path) -> str:
+    saved = [event["step"] for event in RunReader(run_dir).events(events.CHECKPOINT)]
+    return f"go on after step {max(saved)}" if saved else "start again: there is no checkpoint yet"

@@ -11,6 +11,7 @@ import typer
 
 from miles.record import RunReader, RunStatus
 from miles_cli.render.json_text import json_text
+from miles_cli.render.runs_text import ended_by
 from miles_cli.step_line import step_line
 
 POLL_SECONDS = 0.5
@@ -24,6 +25,8 @@ def follow(run_dirs: list[Path], as_json: bool) -> list[RunStatus]:
     # Every run advances, so no short-circuit.
     while sum(run.advance() for run in followed) < len(followed):
         time.sleep(POLL_SECONDS)
+    for run in followed:
+        run.tell_end()
     return [run.status for run in followed]
 
 
@@ -48,6 +51,12 @@ class _Followed:
         for record in records:
             self._print_json(record) if self._as_json else self._print_line(record)
         return self.status.ended
+
+    def tell_end(self) -> None:
+        """How it ended, on stderr; of a run that failed also why, and what to type next."""
+        typer.echo(f"{self._reader.run_id}: {self.status}", err=True)
+        if cause := ended_by(self._reader):
+            typer.echo(f"  {cause}\nNext: miles diagnose {self._reader.run_id}", err=True)
 
     def _print_json(self, record: Mapping[str, Any]) -> None:
         named = {"run_id": self._reader.run_id, **record} if self._prefix else record

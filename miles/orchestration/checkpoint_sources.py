@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from miles import environment
 from miles.config import ResolvedConfig, RunConfig, config_hash, resolve
 from miles.data.tasks import is_builtin, resolve_builtin
+from miles.errors import RunError
 from miles.orchestration.checkpoints import CheckpointStore
 from miles.orchestration.observer import Observer
 from miles.planning import collect_facts, make_plan
@@ -37,7 +38,7 @@ class CheckpointSource:
 def locate_checkpoint(resolved: ResolvedConfig, observer: Observer) -> CheckpointSource:
     """The checkpoint of a run. A built-in one gets its weights from a supervised warm start, once per recipe.
 
-    Raises: WarmStartEnded when the warm start did not finish.
+    Raises: the MilesError that ended a warm start which did not finish.
     """
     name = resolved.config.model.hf_checkpoint
     assert name is not None, "preflight asks for a checkpoint"
@@ -79,7 +80,7 @@ def _warm_start(recipe: ResolvedConfig, target: Path, observer: Observer) -> Non
     try:
         outcome = run(recipe, plan, run_dir=scratch / "run", observer=_StageObserver(observer))
         if outcome.summary.status != RunStatus.FINISHED:
-            raise WarmStartEnded(outcome)
+            raise outcome.error or _unfinished(outcome, plan.num_rollouts)
         last = CheckpointStore(RunLayout(outcome.run_dir).checkpoints_dir).latest()
         assert last is not None, "a finished run has a checkpoint of its last step"
         os.rename(last / "trainer" / "model", target)
@@ -88,12 +89,15 @@ def _warm_start(recipe: ResolvedConfig, target: Path, observer: Observer) -> Non
     observer.on_event("stage", {"name": STAGE, "state": "end", "seconds": time.monotonic() - started})
 
 
-class WarmStartEnded(Exception):
-    """The warm start was interrupted or failed; `outcome` says how."""
-
-    def __init__(self, outcome: RunOutcome) -> None:
-        super().__init__(outcome)
-        self.outcome = outcome
+def _unfinished(outcome: RunOutcome, total: int) -> RunError:
+    """What a user who ended the warm start is told: its run directory is gone with it."""
+    error = RunError(
+        f"the warm start was {outcome.summary.status} after {outcome.summary.steps} of {total} steps",
+        why="half a warm start is not kept",
+        fix="type the same command again",
+    )
+    error.exit_code = outcome.exit_code
+    return error
 
 
 class _StageObserver:

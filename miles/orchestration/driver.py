@@ -113,9 +113,14 @@ class Driver:
         if self.state.step == 0:
             await self.evaluate(step=0)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every step is made."""
+        return self.state.step >= self.schedule.num_rollout
+
     def next_step(self) -> int | None:
         """The number of the step to do now, or None when the run is over."""
-        if self.supervisor.stop_status is not None or self.state.step >= self.schedule.num_rollout:
+        if self.supervisor.stop_status is not None or self.complete:
             return None
         self._step_started = time.perf_counter()
         self._phase_seconds = {}

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from miles.config import ResolvedConfig, config_hash
 from miles.errors import ExitCode, MilesError, RunError
-from miles.orchestration.checkpoint_sources import WarmStartEnded, locate_checkpoint
+from miles.orchestration.checkpoint_sources import locate_checkpoint
 from miles.orchestration.checkpoints import CheckpointStore
 from miles.orchestration.decode_kernel import settle
 from miles.orchestration.driver import Driver
@@ -59,13 +59,10 @@ def run(
 ) -> RunOutcome:
     """Start a new run, in a directory of its own, and see it to its end.
 
-    A built-in checkpoint is warm-started on first use; when that ends early, its outcome is returned.
+    A built-in checkpoint is warm-started on first use. Raises: a MilesError when that ends early.
     """
     observer, lineage = observer or SilentObserver(), lineage or Lineage()
-    try:
-        source = locate_checkpoint(resolved, observer)
-    except WarmStartEnded as ended:
-        return ended.outcome
+    source = locate_checkpoint(resolved, observer)
     run_dir, plan = (run_dir or new_run_dir(resolved)).resolve(), settle(plan, observer)
     job = Job(resolved, plan, source, run_dir, in_cluster=in_cluster, lineage=lineage)
     more: dict[str, Any] = {} if lineage.parent is None else {"parent": lineage.parent}
@@ -80,7 +77,7 @@ def run_job(job: Job, observer: Observer) -> RunOutcome:
     """
     started = time.monotonic()
     history = RunReader(job.run_dir).history if job.attempt > 1 else History()
-    supervisor = Supervisor()
+    supervisor = Supervisor(lambda: observer.on_event("stopping", {}))
     restarts = job.resolved.config.fault_tolerance.max_worker_restarts
     with supervisor.signals(), _executor(job) as executor:
         while True:
@@ -111,7 +108,7 @@ def _attempt(
     digest = config_hash(job.resolved.config)
     record.event("run_start", profile=job.resolved.profile, config_hash=digest, **job.lineage.as_fields())
     try:
-        asyncio.run(_drive(job, executor, record, supervisor, observer))
+        complete = asyncio.run(_drive(job, executor, record, supervisor, observer))
     except WorkerLost as lost:
         record.event("worker_dead", worker=lost.worker, reason=lost.reason)
         return _Ending(error=lost, lost=lost)
@@ -123,12 +120,15 @@ def _attempt(
     except BaseException as caught:
         record.exception(caught)
         return _Ending(crash=caught)
-    return _Ending(RunStatus(supervisor.stop_status or RunStatus.FINISHED))
+    # A stop that came too late to leave a step out changed nothing.
+    stopped = None if complete else supervisor.stop_status
+    return _Ending(RunStatus(stopped or RunStatus.FINISHED))
 
 
 async def _drive(
     job: Job, executor: Executor, record: RecordWriter, supervisor: Supervisor, observer: Observer
-) -> None:
+) -> bool:
+    """Whether the run made all of its steps."""
     observer.on_event("run", {"run_dir": str(job.run_dir), "attempt": job.attempt})
     if job.attempt > 1:
         # A run that never reached a checkpoint starts over: not even its step 0 is kept.
@@ -143,6 +143,7 @@ async def _drive(
             except MilesError:
                 await driver.finish_saving()
                 raise
+            return driver.complete
 
 
 def _end(

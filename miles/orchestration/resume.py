@@ -7,7 +7,7 @@ from pathlib import Path
 
 from miles.config import ResolvedConfig, from_json, parse_sets
 from miles.errors import RunError
-from miles.orchestration.checkpoint_sources import WarmStartEnded, locate_checkpoint
+from miles.orchestration.checkpoint_sources import locate_checkpoint
 from miles.orchestration.checkpoints import CheckpointStore
 from miles.orchestration.job import Job, RunOutcome, checkpoint_root, write_identity
 from miles.orchestration.launch import run_job
@@ -41,10 +41,7 @@ def resume(
     checkpoint = store.latest() if from_step is None else store.at_step(from_step)
     if checkpoint is not None:
         state = store.load_state(checkpoint)
-    try:
-        source = locate_checkpoint(resolved, observer)
-    except WarmStartEnded as ended:
-        return ended.outcome
+    source = locate_checkpoint(resolved, observer)
     if checkpoint is not None:
         store.rewind(state.step)
     before = from_json(RunLayout(run_dir).config_json.read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,7 +16,10 @@ STOP_AFTER_SKIPPED_STEPS = 3
 class Supervisor:
     """Collects wishes to stop; the loop asks at step boundaries only, so a step is never cut in two."""
 
-    def __init__(self) -> None:
+    def __init__(self, heard: Callable[[], None] | None = None) -> None:
+        """`heard` tells the user that the first signal was heard; it is called in a thread of its own,
+        because the signal may have interrupted somebody who is writing."""
+        self._heard = heard
         self.stop_status: str | None = None
         self.signal: int | None = None
         """The signal that asked for the stop."""
@@ -49,3 +52,5 @@ class Supervisor:
             raise KeyboardInterrupt
         self.signal = number
         self.request_stop("interrupted")
+        if self._heard is not None:
+            threading.Thread(target=self._heard, name="heard", daemon=True).start()

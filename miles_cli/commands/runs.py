@@ -1,4 +1,4 @@
-"""`miles runs`: list, show, change, stop and resume runs."""
+"""`miles runs`: list, show, compare, change, stop and resume runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from miles.orchestration.launch import RunOutcome
     from miles_cli.run_view import RunView
 
-app = typer.Typer(help="List, show, compare, stop and resume runs.", no_args_is_help=True)
+app = typer.Typer(help="List, show, compare, change, stop and resume runs.", no_args_is_help=True)
 runs_app = app
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
@@ -22,7 +22,8 @@ RunsDir = Annotated[
     Path | None, typer.Option("--runs-dir", help="Directory of runs; default: MILES_RUNS_DIR, else runs/.")
 ]
 AskedBy = Annotated[str, typer.Option("--by", hidden=True, help="Who asks, for the record.")]
-RUN_HELP = "A run: its id, the beginning of it, its path, or `last`. Default: the latest run."
+A_RUN = "A run: its id, the beginning of it, its path, or `last`."
+RUN_HELP = f"{A_RUN} Default: the latest run."
 
 
 def complete_run(incomplete: str) -> list[str]:
@@ -90,6 +91,8 @@ def show(run: RunName = None, as_json: Json = False, runs_dir: RunsDir = None) -
     else:
         for line in run_lines(values):
             typer.echo(line)
+        if values["ended_by"]:
+            typer.echo(f"Next: miles diagnose {values['id']}", err=True)
     if not reader.status().ended:
         raise typer.Exit(ExitCode.RUNNING)
 
@@ -116,7 +119,6 @@ def stop(
             "there is nothing to stop",
             where=run_dir.name,
             why=f"the run is {status}",
-            fix=f"miles runs resume {run_dir.name}" if status.ended else "",
         )
     request = ask_to_stop(run_dir, "cli")
     if wait:
@@ -131,7 +133,7 @@ def stop(
 
 @app.command("set", epilog="Exit codes: 0 posted, or applied with --wait · 1 not running, or refused.")
 def set_live(
-    run: Annotated[str, typer.Argument(metavar="RUN", help=RUN_HELP, autocompletion=complete_run)],
+    run: Annotated[str, typer.Argument(metavar="RUN", help=A_RUN, autocompletion=complete_run)],
     changes: Annotated[
         list[str],
         typer.Argument(
@@ -239,7 +241,7 @@ def stop_and_wait(run_dir: Path, by: str) -> None:
     "right}]}. What only changes where and when a run happened is a difference too.",
 )
 def diff(
-    left: Annotated[str, typer.Argument(help=RUN_HELP, autocompletion=complete_run)],
+    left: Annotated[str, typer.Argument(help=A_RUN, autocompletion=complete_run)],
     right: Annotated[str, typer.Argument(help="The run to compare it with.", autocompletion=complete_run)],
     as_json: Json = False,
     runs_dir: RunsDir = None,

@@ -46,6 +46,7 @@ def watch(
 ) -> None:
     """Look at runs: their curves, phases and alerts."""
     _refuse_contradictions(once, plain, web, port, as_json)
+    _refuse_unknown(symbols)
     found = [find_run(name, runs_dir) for name in runs or (None,)]
     if once:
         raise typer.Exit(worst_exit_code([_print_frame(path, as_json, symbols) for path in found]))
@@ -72,6 +73,17 @@ def _refuse_contradictions(once: bool, plain: bool, web: bool, port: int | None,
         raise ConfigError(MilesError("--web and --json exclude each other"))
     if port is not None and not web:
         raise ConfigError(MilesError("--port belongs to --web", fix="add --web"))
+
+
+def _refuse_unknown(symbols: str | None) -> None:
+    """Raises ConfigError for symbols that no terminal has."""
+    if symbols is None:
+        return
+    from miles_cli.dashboard.symbols import LADDER
+
+    if symbols not in LADDER:
+        fix = f"take one of {', '.join(LADDER)}"
+        raise ConfigError(MilesError(f"there are no symbols {symbols!r}", "--symbols", fix=fix))
 
 
 def exit_code(status: RunStatus) -> ExitCode:

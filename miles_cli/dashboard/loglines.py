@@ -90,6 +90,12 @@ def _text(kind: str, record: dict[str, Any]) -> str:
         return f"request {asked} by {record.get('by', '?')}: {record['state']}"
     if kind == kinds.RUN_START:
         return _start(record)
+    if kind == kinds.RUN_END:
+        return (
+            f"{record['status']} after {duration(record['seconds'])}"
+            if "seconds" in record
+            else record["status"]
+        )
     if kind == kinds.BAD_ROW:
         return f"row left out: {record['file']}:{record['line']}: {record['reason']}"
     told = ", ".join(f"{k} {v}" for k, v in record.items() if k not in RESERVED and k != "step")

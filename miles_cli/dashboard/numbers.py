@@ -38,6 +38,8 @@ def signed(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """31ms, 1.2s, 48s, 3m12s, 5h04m, 2d03h."""
+    if 0.00005 <= seconds < 0.0005:
+        return f"{1000 * seconds:.1f}ms"
     if 0.0005 <= seconds < 0.0995:
         return f"{1000 * seconds:.0f}ms"
     if seconds < 9.95:

@@ -11,6 +11,7 @@ from miles.record.status import RunStatus
 from miles_cli.dashboard.track import TrackView
 
 SEVERITIES = ("critical", "warning", "info")
+GONE = "the process is gone: killed, out of memory, or its machine was lost"
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,14 @@ class RunSnapshot:
         """Alerts not cleared, worst and newest first."""
         found = [a for a in self.alerts if not a.cleared]
         return tuple(sorted(found, key=lambda a: (severity_rank(a.severity), -a.time)))
+
+    @property
+    def cause_of_death(self) -> str | None:
+        """What ended a run that failed or whose process is gone; None for every other run."""
+        if self.status is RunStatus.FAILED:
+            told = (line.text for line in reversed(self.log) if line.level == "critical")
+            return next(told, "failed without a word")
+        return GONE if self.status is RunStatus.DEAD else None
 
     def alert_counts(self) -> dict[str, int]:
         return {s: sum(1 for a in self.open_alerts if a.severity == s) for s in SEVERITIES}

@@ -172,11 +172,14 @@ def _segment(name: str, share: float, cells: int, fill: str, style: str, mark: s
 
 
 def alert_bar(scene: Scene, width: int) -> Line:
-    """The worst open alert, or the banner of a view that is not live."""
+    """The worst open alert, what ended a dead run, or the banner of a view that is not live."""
     symbols = scene.symbols
     if scene.frozen:
         return cut([(f" {symbols.paused} {_banner(scene)} ", "banner"), (" " * width, "banner")], width)
     found = scene.run.open_alerts
+    if not found and (cause := scene.run.cause_of_death) is not None:
+        died: Line = [(f" {symbols.bad} ", "critical"), (cause.splitlines()[0], "strong")]
+        return spread([died], [[("o", "key"), (" log ", "axis")]], width, " ")
     if not found:
         return spread(
             [[(f" {symbols.good} ", "good"), ("no open alerts", "axis")]], [filter_note(scene)], width, " "

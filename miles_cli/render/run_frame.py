@@ -113,7 +113,7 @@ def _table(run: RunSnapshot, width: int, symbols: Symbols) -> list[str]:
         line = f" {name:<{label}}  {number(track.last):>8}  {curve}  "
         if metric is not None and metric.healthy is not None:
             mark = symbols.bad if _is_sick(name, track.last) else symbols.good
-            line += f"{mark} {metric.healthy}"
+            line += f"{mark} {symbols.plain(str(metric.healthy))}"
         lines.append(line[:width])
     return lines
 
@@ -124,9 +124,12 @@ def _is_sick(name: str, value: float) -> bool:
 
 
 def _alerts(run: RunSnapshot, symbols: Symbols) -> list[str]:
+    cause = run.cause_of_death
+    died = [] if cause is None else [f" {symbols.bad} {line}" for line in cause.splitlines()[:1]]
+    died += [] if cause is None else [f"   {line.strip()}" for line in cause.splitlines()[1:]]
     if not run.open_alerts:
-        return [f" {symbols.good} no open alerts"]
-    return [
+        return died or [f" {symbols.good} no open alerts"]
+    return died + [
         f" {symbols.severity(a.severity)} {a.severity} {a.rule} {a.title}"
         + ("" if a.step is None else f" (step {a.step})")
         for a in run.open_alerts

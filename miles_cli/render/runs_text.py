@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from miles.record import RunReader, events
+from miles.record import RunReader, RunStatus, events
 from miles.record.runs import RunInfo
 from miles.record.summary import read_summary
 from miles_cli.dashboard.numbers import duration, number
+from miles_cli.dashboard.snapshot import GONE
 
 SHOWN_SETTINGS = (
     "model.hf_checkpoint",
@@ -51,6 +52,7 @@ def run_dict(reader: RunReader) -> dict[str, Any]:
         "id": reader.run_id,
         "path": str(reader.layout.root),
         "status": reader.status().value,
+        "ended_by": ended_by(reader),
         "step": history.last_step or 0,
         "attempts": reader.attempt,
         "resumed_from": {str(k): v for k, v in sorted(history.resumes.items())},
@@ -67,14 +69,18 @@ def run_dict(reader: RunReader) -> dict[str, Any]:
 def run_lines(run: dict[str, Any]) -> Iterator[str]:
     """The same for people."""
     yield f"{run['id']}: {run['status']}, step {run['step']}"
+    if run["ended_by"]:
+        yield from (f"  {line}" for line in run["ended_by"].splitlines())
     yield f"  directory    {run['path']}"
     yield from _lineage_lines(run["lineage"])
+    settings = max(map(len, run["settings"]), default=0)
     for key, value in run["settings"].items():
-        yield f"  {key:<28}  {value}"
+        yield f"  {key:<{settings}}  {value}"
     steps = [str(checkpoint["step"]) for checkpoint in run["checkpoints"]]
     yield f"  checkpoints  {', '.join(steps) if steps else 'none'}"
     yield from _summary_lines(run["summary"])
-    yield "  last values"
+    if run["metrics"]:
+        yield "  last values"
     width = max(map(len, run["metrics"]), default=0)
     for name, value in run["metrics"].items():
         yield f"    {name:<{width}}  {number(value)}"
@@ -93,6 +99,17 @@ def _summary_lines(summary: dict[str, Any] | None) -> Iterator[str]:
             yield f"  {name} {kind:<8} {number(before.get(kind, value))} -> {number(value)} (held out)"
     alerts = [f"{n} {severity}" for severity, n in summary["alerts"].items() if n]
     yield f"  alerts       {', '.join(alerts) if alerts else 'none'}"
+
+
+def ended_by(reader: RunReader) -> str | None:
+    """What the last attempt of a failed run raised, or that its process is gone; None for every other run."""
+    status = reader.status()
+    if status is RunStatus.DEAD:
+        return GONE
+    if status is not RunStatus.FAILED:
+        return None
+    raised = [event for event in reader.events(events.EXCEPTION) if event["attempt"] == reader.attempt]
+    return f"{raised[-1]['type']}: {raised[-1]['message']}" if raised else None
 
 
 def lineage(reader: RunReader) -> list[dict[str, Any]]:

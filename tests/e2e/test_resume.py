@@ -58,6 +58,7 @@ def test_sigterm_finishes_the_step_saves_and_resumes_exactly(cli: Cli, uninterru
     process.send_signal(signal.SIGTERM)
     _, stderr = cli.outcome(process)
     assert process.returncode == 143, stderr
+    assert "stopping at the end of this step, with a checkpoint" in stderr
     run = cli.only_run()
     stopped = summary_of(run)
     assert stopped["status"] == "interrupted" and 4 <= stopped["steps"] < 12

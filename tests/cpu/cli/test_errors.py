@@ -13,6 +13,7 @@ import pytest
 
 from miles.errors import ExitCode, RunError
 from miles_cli import errors
+from miles_cli.speech import say
 
 Miles = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -100,19 +101,24 @@ def test_errors_are_json_too(miles: Miles) -> None:
 
 
 DEFECT = """
-import sys
-import miles_cli.main
+import os, signal, sys
+import miles_cli.app, miles_cli.main
 {before}
 def build(argv):
-    raise {error}
-miles_cli.main.build = build
+    {does}
+miles_cli.app.build = build
 miles_cli.main.main()
 """
 
 
 def with_defect(error: str, before: str = "") -> subprocess.CompletedProcess[str]:
     """The program with something broken in it."""
-    source = DEFECT.format(error=error, before=before)
+    return that_does(f"raise {error}", before)
+
+
+def that_does(does: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """The program, doing this in place of a verb."""
+    source = DEFECT.format(does=does, before=before)
     return subprocess.run([sys.executable, "-c", source, "train"], capture_output=True, text=True, timeout=60)
 
 
@@ -137,6 +143,36 @@ def test_interrupt_before_anything_started() -> None:
     done = with_defect("KeyboardInterrupt")
     assert done.returncode == ExitCode.INTERRUPTED
     assert done.stderr == ""
+
+
+def test_terminated_before_anything_started_takes_unfinished_files_away(tmp_path: Path) -> None:
+    left = tmp_path / "unfinished"
+    done = that_does(
+        f"""
+    open({str(left)!r}, "w")
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    finally:
+        os.remove({str(left)!r})"""
+    )
+    assert (done.returncode, done.stderr) == (ExitCode.TERMINATED, "")
+    assert not left.exists()
+
+
+def test_a_full_disk_is_no_defect() -> None:
+    done = with_defect("OSError(28, 'No space left on device', '/data/x')")
+    assert done.returncode == ExitCode.FAILED
+    assert done.stderr.startswith("error: /data/x: cannot write: No space left on device\n  fix: free space")
+    assert "defect" in with_defect("OSError(5, 'Input/output error')").stderr
+
+
+def test_a_full_disk_under_stdout_is_told_once_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "w") as full:
+        say("step 1", full)
+        say("step 2", full)
+    told = capsys.readouterr().err
+    assert told == "output cannot be written any more: No space left on device; the run goes on without it\n"
 
 
 def test_a_closed_pipe_is_quiet(environment: dict[str, str]) -> None:

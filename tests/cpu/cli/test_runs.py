@@ -97,6 +97,22 @@ def test_stop_refuses_a_run_that_has_ended(runs_dir: Path) -> None:
     write_run(runs_dir / "quick-1")
     result = invoke("runs", "stop", "quick-1")
     assert isinstance(result.exception, RunError) and "the run is finished" in str(result.exception)
+    assert result.exception.fix == "", "resuming is not what stops a run"
+
+
+def test_show_says_why_a_run_failed(runs_dir: Path) -> None:
+    run = runs_dir / "sick"
+    history = History()
+    with RecordWriter(run, history=history) as writer:
+        writer.exception(RunError("the disk is full", where="/data"))
+        write_summary(run, summarise(history, RunStatus.FAILED, 2.5, "c0ffee"))
+    result = invoke("runs", "show", "sick")
+    assert "RunError: /data: the disk is full" in result.stdout
+    assert "last values" not in result.stdout
+    assert result.stderr == "Next: miles diagnose sick\n"
+    assert (
+        json.loads(invoke("runs", "show", "--json").stdout)["ended_by"] == "RunError: /data: the disk is full"
+    )
 
 
 def test_a_live_setting_is_posted_and_the_answer_awaited(runs_dir: Path) -> None:

@@ -203,11 +203,23 @@ def test_last_words_of_a_run(tmp_path: Path) -> None:
     assert any(f"miles watch {tmp_path}" in line for line in lines)
 
 
-def test_a_failed_run_is_told_how_to_go_on() -> None:
+def test_a_failed_run_is_told_how_to_go_on(tmp_path: Path) -> None:
     ended = replace(summary("failed"), reward_first5=None, reward_last5=None)
-    lines = list(summary_lines(Path("runs/a"), ended))
-    assert any("miles diagnose runs/a" in line for line in lines)
-    assert any("miles runs resume runs/a" in line for line in lines)
+    with RecordWriter(tmp_path) as record:
+        lines = "\n".join(summary_lines(tmp_path, ended))
+        assert f"miles diagnose {tmp_path}  # why it ended" in lines
+        assert f"miles runs resume {tmp_path}  # start again: there is no checkpoint yet" in lines
+        record.event("checkpoint", step=20, path="checkpoints/step-000020")
+        assert "# go on after step 20" in "\n".join(summary_lines(tmp_path, ended))
+
+
+def test_what_is_said_without_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    alert = {"rule": "DA1", "severity": "warning", "title": "Rows", "step": None}
+    RunView().on_event("alert", alert)
+    RunView(quiet=True).on_event("stopping", {})
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "warning DA1: Rows  (miles diagnose --explain DA1)"
+    assert second.startswith("stopping at the end of this step, with a checkpoint; once more: now")
 
 
 def test_units() -> None:

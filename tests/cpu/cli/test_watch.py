@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from miles.errors import ExitCode
+from miles.errors import ConfigError, ExitCode, RunError
 from miles.record import History, RecordWriter, RunStatus, summarise, write_summary
 from miles_cli import watch_lines
 from miles_cli.app import build
@@ -152,6 +152,33 @@ def test_following_prints_a_line_per_step_and_ends_with_the_run(
     assert lines[-2].startswith("step 21/20") and "reward 1.050" in lines[-2]
     assert lines[-1] == "step 21/20  eval/sort 0.500"
     assert "warning RO2 cut (raised)" in result.stderr
+
+
+def test_a_run_that_failed_says_why_in_every_way_to_look_at_it(runs_dir: Path) -> None:
+    run = runs_dir / "sick"
+    history = History()
+    with RecordWriter(run, history=history) as writer:
+        writer.exception(RunError("the disk is full", where="/data", why="no room"))
+        write_summary(run, summarise(history, RunStatus.FAILED, 2.5, "c0ffee"))
+    followed = invoke("watch", "sick")
+    assert (followed.exit_code, followed.stdout) == (ExitCode.FAILED, "")
+    assert followed.stderr.startswith("sick: failed\n  RunError: /data: the disk is full\n")
+    assert followed.stderr.endswith("Next: miles diagnose sick\n")
+    frame = invoke("watch", "sick", "--once").stdout
+    assert "✗ RunError in driver: /data: the disk is full\n   why: no room" in frame
+    assert "no open alerts" not in frame
+
+
+def test_symbols_that_no_terminal_has_are_refused(runs_dir: Path) -> None:
+    write_run(runs_dir / "quick")
+    for arguments in (("--once",), ("--plain",), ()):
+        error = invoke("watch", "quick", "--symbols", "emoji", *arguments).exception
+        assert isinstance(error, ConfigError) and "take one of braille, block, ascii" in str(error)
+
+
+def test_ascii_symbols_print_ascii_alone(runs_dir: Path) -> None:
+    write_run(runs_dir / "quick")
+    assert invoke("watch", "quick", "--once", "--symbols", "ascii").stdout.isascii()
 
 
 def test_following_as_json_prints_every_record(runs_dir: Path) -> None:

@@ -1,0 +1,84 @@
+"""How a run ends: stopped too late to matter, told that it was heard, or before it had weights."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from miles.config import resolve
+from miles.errors import ExitCode, RunError
+from miles.orchestration import launch
+from miles.orchestration.checkpoint_sources import locate_checkpoint
+from miles.orchestration.job import Job, RunOutcome
+from miles.orchestration.lineage import Lineage
+from miles.orchestration.observer import SilentObserver
+from miles.orchestration.supervisor import Supervisor
+from miles.record import History, RecordWriter, RunStatus, summarise
+
+
+class TinyExecutor:
+    """A run of two steps whose only work is to hear of a stop in one of them."""
+
+    def __init__(self, stopped_in: int, supervisor: Supervisor) -> None:
+        self.stopped_in, self.supervisor, self.complete = stopped_in, supervisor, False
+
+    @asynccontextmanager
+    async def driver(self, *_: Any) -> AsyncIterator[TinyExecutor]:
+        yield self
+
+    async def turn(self, _: Any) -> None:
+        for step in (1, 2):
+            if step == self.stopped_in:
+                self.supervisor.request_stop("interrupted")
+            self.complete = step == 2
+            if self.supervisor.stop_status is not None:
+                return
+
+
+@pytest.mark.parametrize(("step", "status"), [(1, RunStatus.INTERRUPTED), (2, RunStatus.FINISHED)])
+def test_a_stop_in_the_last_step_left_nothing_out(
+    step: int, status: RunStatus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = Supervisor()
+    executor = TinyExecutor(step, supervisor)
+    monkeypatch.setattr(launch, "loop_of", lambda _: executor.turn)
+    job = SimpleNamespace(resolved=resolve("quickstart"), run_dir=tmp_path, attempt=1, lineage=Lineage())
+    with RecordWriter(tmp_path) as record:
+        ending = launch._attempt(
+            cast(Job, job), cast(launch.Executor, executor), record, supervisor, SilentObserver()
+        )
+    assert ending.status is status
+
+
+def test_the_first_signal_is_told_and_the_second_interrupts() -> None:
+    heard = threading.Event()
+    supervisor = Supervisor(heard.set)
+    with supervisor.signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard.wait(30) and supervisor.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_interrupted_warm_start_names_no_directory_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(recipe: Any, plan: Any, run_dir: Path, observer: Any) -> RunOutcome:
+        run_dir.mkdir()
+        summary = summarise(History(), RunStatus.INTERRUPTED, 1.0, "c0ffee")
+        return RunOutcome(run_dir, summary, ExitCode.TERMINATED, None)
+
+    monkeypatch.setenv("MILES_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(launch, "run", interrupted)
+    with pytest.raises(RunError, match="the warm start was interrupted after 0 of 250 steps") as ended:
+        locate_checkpoint(resolve("quickstart"), SilentObserver())
+    assert ended.value.exit_code is ExitCode.TERMINATED
+    assert str(tmp_path) not in str(ended.value) and not list((tmp_path / "checkpoints").iterdir())
