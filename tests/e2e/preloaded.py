@@ -31,6 +31,12 @@ REPOSITORY = Path(__file__).parents[2]
 MILES = REPOSITORY / "miles_cli" / "__main__.py"
 PLANS = ("miles_cli.commands.train", "miles.planning")
 RUNS = (*PLANS, "miles.orchestration.launch", "miles.training.native.trainer", "miles.rollout.native.engine")
+MEGATRON = (
+    "miles.training.megatron.trainer",
+    "megatron.core.models.gpt",
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+)
 PR_SET_CHILD_SUBREAPER = 36
 THREADS = "1"
 """Of each process: what the plan of a small run says, and what a process that forks must have."""

@@ -11,17 +11,10 @@ from typing import Any
 
 import pytest
 from e2e_support import PATIENCE_S
-from preloaded import Preloaded
+from preloaded import MEGATRON, Preloaded
 
 pytest.importorskip("megatron.core")
 
-
-IMPORTED = (
-    "miles.training.megatron.trainer",
-    "megatron.core.models.gpt",
-    "megatron.core.distributed",
-    "megatron.core.optimizer",
-)
 Cases = dict[str, tuple[str, dict[str, Any]]]
 
 
@@ -33,7 +26,7 @@ def run_world(size: int, directory: Path, cases: Cases) -> list[dict[str, Any]]:
     path = os.pathsep.join([os.getcwd(), *sys.path])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     processes = [
-        Preloaded(IMPORTED, script, (str(rank), str(size), str(directory)), environment)
+        Preloaded(MEGATRON, script, (str(rank), str(size), str(directory)), environment)
         for rank in range(size)
     ]
     try:

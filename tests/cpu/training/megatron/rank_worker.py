@@ -75,13 +75,17 @@ def train(
     return [{name: row[name] for name in NAMES if name in row} for row in results], weights(trainer)
 
 
-def held(parallel: DataParallel, **how: Any) -> tuple[Weights, Weights]:
-    """Weights and second moments as they lie after loading."""
+def go_on(
+    parallel: DataParallel, batches: list[TrainBatch], **how: Any
+) -> tuple[list[dict[str, float]], Weights, Weights]:
+    """Weights and second moments as they lie after loading; first, the metrics of training on from there."""
     trainer = make(parallel, **how)
     saved = trainer._on_disk
     of = saved.optimizer_state()["exp_avg_sq"]
     moments = saved.trained.published(torch.float32, of, everywhere=True, shared=saved.optimizer.shares)
-    return weights(trainer), {name: tensor.clone() for name, tensor in moments}
+    loaded = weights(trainer), {name: tensor.clone() for name, tensor in moments}
+    results = [trainer.train_step(batch).metrics for batch in batches]
+    return [{name: row[name] for name in NAMES if name in row} for row in results], *loaded
 
 
 def drift(parallel: DataParallel, batches: list[TrainBatch], **how: Any) -> float:

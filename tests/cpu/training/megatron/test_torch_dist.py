@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import torch
+from e2e_support import PATIENCE_S
+from preloaded import MEGATRON
 
 from miles.arch import load_spec, spec_from_hf_config
 from miles.models.decoder import Decoder
@@ -42,9 +44,10 @@ def checkpoint(directory: Path, **config: Any) -> Path:
 
 
 def miles(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "miles_cli", "convert", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    words = ("convert", *map(str, arguments))
+    process = preloaded.miles(words, os.environ | {"OMP_NUM_THREADS": "1"}, imported=MEGATRON)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 def test_there_and_back(tmp_path: Path) -> None:
