@@ -125,6 +125,11 @@ def export_default(name: str, value: str) -> None:
         export(name, value)
 
 
+def take_back(name: str) -> None:
+    """Unset a variable of this process."""
+    os.environ.pop(name, None)
+
+
 def of_child(more: Mapping[str, str]) -> dict[str, str]:
     """The environment of a program that we start: ours, with `more` on top."""
     return {**os.environ, **more}

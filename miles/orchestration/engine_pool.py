@@ -87,12 +87,25 @@ class EnginePool:
         lanes = (call(lane.seat, lambda engine: engine.metrics()) for lane in self._lanes)
         return await asyncio.gather(*lanes)
 
+    @property
+    def seats(self) -> Sequence[Seat[Any]]:
+        return [lane.seat for lane in self._lanes]
+
+    async def checksums(self) -> dict[str, str]:
+        """One number over the weights of each SGLang server, by its name."""
+        found = await asyncio.gather(*(call(seat, lambda server: server.checksum()) for seat in self.seats))
+        return {seat.name: checksum for seat, checksum in zip(self.seats, found, strict=True)}
+
+    def forget_prompts(self) -> None:
+        """Engines are about to have other weights: no one of them has a prompt in its cache any more."""
+        self._group_lane.clear()
+
     async def receive(self, packet: Any) -> None:
         """Give every engine new weights; all of them serve the packet's version when this returns.
 
         Raises: WeightsDamaged when what arrived is not what was sent; the engine keeps its old weights.
         """
-        self._group_lane.clear()
+        self.forget_prompts()
         await asyncio.gather(*(call(lane.seat, lambda e: e.load(packet)) for lane in self._lanes))
 
     async def check_health(self, interval: float, timeout: float, first_wait: float) -> None:

@@ -14,7 +14,7 @@ from miles.orchestration.engine_gauges import GaugedWeights
 from miles.orchestration.observer import Observer
 from miles.orchestration.rewarding import inline_score
 from miles.orchestration.run_model import run_model
-from miles.orchestration.sglang_crew import SglangCrew, local_weights
+from miles.orchestration.sglang_crew import SglangCrew
 from miles.orchestration.supervisor import Supervisor
 from miles.orchestration.train_worker import TrainWorker
 from miles.orchestration.weight_sync import (
@@ -71,10 +71,10 @@ async def _engine(
     own = assemble.engine_precision(job.plan)
     if job.plan.engine == "sglang":
         crew = SglangCrew(job, spec, record, observer)
-        async with crew.serving(local_weights(job, spec, trainer)):
+        async with crew.serving(trainer):
             equal = job.resolved.config.debug.check_weight_update_equal
             sync: WeightSync = GaugedWeights(crew.sync, crew.pool, record)
-            yield crew.pool, EqualWeights(sync, crew.checksums, record) if equal else sync, crew
+            yield crew.pool, EqualWeights(sync, crew.pool.checksums, record) if equal else sync, crew
         return
     engine = workers.build_engine(job, spec)
     workers.watch_gap(job, trainer.trainer, engine)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from miles.data.sample import Sample
 from miles.errors import MilesError
 from miles.orchestration import assemble, workers
+from miles.orchestration.local_weights import weight_sender
 from miles.orchestration.rewarding import failures_of, scorer_of
 from miles.orchestration.route_wire import pack_answer, unpack_samples
 from miles.orchestration.run_model import run_model
@@ -30,7 +31,7 @@ from miles.rollout.engine import EngineHealth, GenerateRequest
 from miles.rollout.sglang.control import MemoryTag
 from miles.rollout.sglang.ipc_payload import encode_handles
 from miles.rollout.sglang.server import free_ports
-from miles.rollout.sglang.weight_payload import Bucket, buckets, with_tied_head
+from miles.rollout.sglang.weight_payload import Announced, Bucket, Meeting, buckets, with_tied_head
 from miles.training.megatron.trainer import MegatronTrainer
 from miles.training.trainer import TrainResult
 
@@ -87,6 +88,12 @@ def whereabouts() -> tuple[int, str]:
     return os.getpid(), str(ray.get_runtime_context().get_node_id())
 
 
+def _address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
 class TrainerActor:
     """One trainer rank. It serves after `join`."""
 
@@ -102,9 +109,7 @@ class TrainerActor:
 
     async def node(self) -> str:
         """The address of this process's machine."""
-        import ray
-
-        return str(ray.util.get_node_ip_address())
+        return _address()
 
     async def open_store(self, host: str) -> int:
         """Listen for the other ranks on an address of this machine; the port. For the first rank."""
@@ -122,6 +127,7 @@ class TrainerActor:
         with self._record.busy("load"):
             parallel = None if meeting is None else self._join_group(rank, size, *meeting)
             self._worker = workers.build_trainer(job, run_model(job.resolved.config, job.source), parallel)
+            self._sender = weight_sender(job, self._worker)
 
     def _join_group(self, rank: int, size: int, host: str, port: int) -> DataParallel:
         from miles.training.native.process_group import connect_store, join
@@ -210,6 +216,29 @@ class TrainerActor:
 
         self._lent = []
         torch.cuda.ipc_collect()
+
+    async def open_group(self, host: str, size: int) -> Meeting:
+        """Listen for the servers of a broadcast on an address of this machine. For the first rank."""
+        return self._sender.open(host, size)
+
+    async def join_group(self) -> None:
+        await self._sender.join()
+
+    async def next_bucket(self) -> Announced:
+        with self._record.busy("update_weights"):
+            return await self._sender.next_bucket()
+
+    async def gather_along(self) -> None:
+        """Take part in the first rank's gather of all weights, and keep none. For the other ranks."""
+        with self._record.busy("update_weights"):
+            for _ in weights_for_engine(self._worker, assemble.engine_precision(self._post.job.plan)):
+                pass
+
+    async def send_bucket(self, version: int) -> None:
+        await self._sender.send_bucket(version)
+
+    async def drop_group(self) -> None:
+        await self._sender.drop()
 
 
 class EngineActor:
@@ -309,6 +338,29 @@ class ServerActor:
 
     async def end_handles(self, version: int, in_session: bool) -> None:
         await self._server.shared(lambda engine: engine.end_handles(version, in_session))
+
+    async def node(self) -> str:
+        """The address of this process's machine, on which its server runs."""
+        return _address()
+
+    async def checksum(self) -> str:
+        return await self._server.checksum()
+
+    async def join_group(self, meeting: Meeting, rank: int) -> None:
+        await self._server.join_group(meeting, rank)
+
+    async def begin_broadcast(self, version: int) -> None:
+        await self._server.begin_broadcast(version)
+
+    async def take_broadcast(self, announced: Announced, version: int) -> None:
+        with self._record.busy("update_weights"):
+            await self._server.take_broadcast(announced, version)
+
+    async def end_broadcast(self, version: int) -> None:
+        await self._server.end_broadcast(version)
+
+    async def leave_group(self) -> None:
+        await self._server.leave_group()
 
 
 class ServerPartActor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from miles.data.sample import Sample
 from miles.orchestration import assemble, workers
+from miles.orchestration.broadcast_weights import BroadcastWeights
 from miles.orchestration.driver import Driver
 from miles.orchestration.engine_gauges import GaugedWeights
 from miles.orchestration.engine_pool import EnginePool, RemoteEngine
@@ -25,7 +26,7 @@ from miles.orchestration.seats import Seat, call
 from miles.orchestration.supervisor import Supervisor
 from miles.orchestration.trainer_ranks import TrainerRanks
 from miles.orchestration.turns import SharedGpus
-from miles.orchestration.weight_sync import PacketWeights, WeightSync
+from miles.orchestration.weight_sync import EqualWeights, PacketWeights, ServedSync, WeightSync
 from miles.orchestration.worker_loss import WorkerLost
 from miles.planning.workers import WorkersPlan
 from miles.record import RecordWriter, events
@@ -89,7 +90,7 @@ class _Crew:
         self._config = job.resolved.config
         self._workers: list[Any] = []
         self._health: asyncio.Task[None] | None = None
-        self._sync: PacketWeights | None = None
+        self._sync: ServedSync | None = None
 
     async def assemble(self, supervisor: Supervisor) -> Driver:
         """Every worker, and the driver around them."""
@@ -114,16 +115,24 @@ class _Crew:
             others = asyncio.gather(*(seat.fill() for seat in (*engines, *judges)))
             trainer, _ = await asyncio.gather(self._trainer(), others)
             pool = EnginePool(engines)
-            sync = self._sync = PacketWeights(trainer, pool, record)
+            sync = self._sync = self._way_of_weights(trainer, pool)
         turns = itertools.cycle(judges)
         rollout = workers.build_sampling(
             job, spec, tokenizer, pool, self._score(turns, False), self._score(turns, True)
         )
         served = job.plan.engine == "sglang"
         sync = GaugedWeights(sync, pool, record) if served else sync
+        if self._config.debug.check_weight_update_equal:
+            sync = EqualWeights(sync, pool.checksums, record)
         driver = await workers.build_driver(job, rollout, trainer, sync, record, supervisor, observer, shared)
         self._watch(pool)
         return driver
+
+    def _way_of_weights(self, trainer: TrainerRanks, pool: EnginePool) -> ServedSync:
+        if self._config.weight_sync.update_weight_transfer_mode != "broadcast":
+            return PacketWeights(trainer, pool, self._record)
+        ranks = assemble.sglang_settings(self._config, self._job.plan).tensor_parallel_size
+        return BroadcastWeights(trainer, pool, ranks, self._record)
 
     def dismiss(self) -> None:
         """End every process of the attempt."""
@@ -188,12 +197,14 @@ class _Crew:
         return answering
 
     def _engine_seats(self) -> Sequence[Seat[RemoteEngine]]:
-        from miles.orchestration.ray_handles import RayEngine
+        from miles.orchestration.ray_handles import RayEngine, RayServer
+
+        handle = RayServer if self._job.plan.engine == "sglang" else RayEngine
 
         async def launch(rank: int) -> RemoteEngine:
-            engine = await self._start("engine", rank, self._plan.trainers + rank, RayEngine)
-            if self._sync is not None and self._sync.current is not None:
-                await engine.load(self._sync.current)
+            engine: RemoteEngine = await self._start("engine", rank, self._plan.trainers + rank, handle)
+            if self._sync is not None:
+                await self._sync.catch_up(engine)
             return engine
 
         return [self._seat(f"engine-{rank}", launch, rank) for rank in range(self._plan.engines)]

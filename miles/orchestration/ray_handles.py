@@ -18,6 +18,7 @@ from miles.orchestration.weight_packets import Manifest, WeightsDamaged
 from miles.orchestration.worker_loss import WorkerLost
 from miles.rollout.engine import EngineHealth, GenerateRequest
 from miles.rollout.sglang.control import MemoryTag
+from miles.rollout.sglang.weight_payload import Announced, Meeting
 from miles.training.trainer import TrainResult
 
 if TYPE_CHECKING:
@@ -124,6 +125,26 @@ class RayTrainer(Handle):
     async def drop_handles(self) -> None:
         await answer(self.name, self._actor.drop_handles.remote())
 
+    async def open_group(self, host: str, size: int) -> Meeting:
+        meeting: Meeting = await answer(self.name, self._actor.open_group.remote(host, size))
+        return meeting
+
+    async def join_group(self) -> None:
+        await answer(self.name, self._actor.join_group.remote())
+
+    async def next_bucket(self) -> Announced:
+        announced: Announced = await answer(self.name, self._actor.next_bucket.remote())
+        return announced
+
+    async def gather_along(self) -> None:
+        await answer(self.name, self._actor.gather_along.remote())
+
+    async def send_bucket(self, version: int) -> None:
+        await answer(self.name, self._actor.send_bucket.remote(version))
+
+    async def drop_group(self) -> None:
+        await answer(self.name, self._actor.drop_group.remote())
+
     async def free_port(self) -> int:
         """A port on its node that nobody has now."""
         port: int = await answer(self.name, self._actor.free_port.remote())
@@ -161,7 +182,9 @@ class RayEngine(Handle):
 
 
 class RayServer(RayEngine):
-    """An SGLang server on a trainer's GPUs (`turns.Releasing`, `handle_weights.HandleSink`)."""
+    """An SGLang server (`broadcast_weights.BroadcastSink`), also on a trainer's GPUs (`turns.Releasing`,
+    `handle_weights.HandleSink`).
+    """
 
     async def release(self, tags: Sequence[MemoryTag]) -> None:
         await answer(self.name, self._actor.release.remote(tags))
@@ -178,6 +201,29 @@ class RayServer(RayEngine):
 
     async def end_handles(self, version: int, in_session: bool) -> None:
         await answer(self.name, self._actor.end_handles.remote(version, in_session))
+
+    async def node(self) -> str:
+        node: str = await answer(self.name, self._actor.node.remote())
+        return node
+
+    async def checksum(self) -> str:
+        checksum: str = await answer(self.name, self._actor.checksum.remote())
+        return checksum
+
+    async def join_group(self, meeting: Meeting, rank: int) -> None:
+        await answer(self.name, self._actor.join_group.remote(meeting, rank))
+
+    async def begin_broadcast(self, version: int) -> None:
+        await answer(self.name, self._actor.begin_broadcast.remote(version))
+
+    async def take_broadcast(self, announced: Announced, version: int) -> None:
+        await answer(self.name, self._actor.take_broadcast.remote(announced, version))
+
+    async def end_broadcast(self, version: int) -> None:
+        await answer(self.name, self._actor.end_broadcast.remote(version))
+
+    async def leave_group(self) -> None:
+        await answer(self.name, self._actor.leave_group.remote())
 
 
 class RayReward(Handle):

@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from miles.arch import ArchSpec
-from miles.arch.precision import PrecisionPolicy
 from miles.http_client import HttpClient
 from miles.orchestration import assemble
-from miles.orchestration.disk_weights import DiskWeights
 from miles.orchestration.engine_pool import EnginePool
+from miles.orchestration.local_weights import local_sync
 from miles.orchestration.observer import Observer
-from miles.orchestration.seats import Seat, call
+from miles.orchestration.seats import Seat
 from miles.orchestration.sglang_servers import ServedEngine, TensorPacket
 from miles.orchestration.train_worker import TrainWorker
 from miles.orchestration.weight_packets import pack
-from miles.orchestration.weight_sync import PacketWeights, WeightSource, weights_for_engine
+from miles.orchestration.weight_sync import ServedSync
 from miles.planning.speculation import OWN_DRAFT
 from miles.record import RecordWriter, RunLayout
 from miles.rollout.sglang.command import ServerOptions
@@ -41,16 +40,16 @@ class SglangCrew:
         self._config = job.resolved.config
         self._servers: list[ServedEngine] = []
         self._health: asyncio.Task[None] | None = None
-        self._sync: PacketWeights | None = None
+        self._sync: ServedSync | None = None
         addresses = self._config.rollout.rollout_external_engine_addrs
         self._addresses: tuple[str | None, ...] = addresses or (None,) * self._config.engine.num_engines
         self.seats = [self._seat(rank, address) for rank, address in enumerate(self._addresses)]
         self.pool = EnginePool(self.seats)
 
     @asynccontextmanager
-    async def serving(self, source: WeightSource) -> AsyncIterator[EnginePool]:
-        """Servers that answer, and take their weights from `source`; they end with the context."""
-        self._sync = PacketWeights(source, self.pool, self._record)
+    async def serving(self, trainer: TrainWorker) -> AsyncIterator[EnginePool]:
+        """Servers that answer, and take the weights of `trainer`; they end with the context."""
+        self._sync = local_sync(self._job, self._spec, trainer, self.pool, self._record)
         try:
             with self._record.phase("start_servers"):
                 await asyncio.gather(*(seat.fill() for seat in self.seats))
@@ -64,15 +63,10 @@ class SglangCrew:
             await asyncio.gather(*(server.leave() for server in self._servers))
 
     @property
-    def sync(self) -> PacketWeights:
+    def sync(self) -> ServedSync:
         """How weights reach the servers; there is one while they serve."""
         assert self._sync is not None, "servers that serve have a source of weights"
         return self._sync
-
-    async def checksums(self) -> dict[str, str]:
-        """One number over the weights of each server, by its name."""
-        found = await asyncio.gather(*(call(seat, lambda server: server.checksum()) for seat in self.seats))
-        return {seat.name: checksum for seat, checksum in zip(self.seats, found, strict=True)}
 
     async def receive_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Give every server weights that are not the trainer's."""
@@ -90,8 +84,8 @@ class SglangCrew:
         if server.process is not None:
             self._record.event("worker_start", worker=name, pid=server.process.pid)
         await server.ready()
-        if self._sync is not None and self._sync.current is not None:
-            await server.load(self._sync.current)
+        if self._sync is not None:
+            await self._sync.catch_up(server)
         return server
 
     def _watch(self) -> None:
@@ -132,8 +126,7 @@ def make_server(
     config = job.resolved.config
     speculative = config.sglang.speculative_algorithm is not None
     sync = config.weight_sync
-    broadcast_on = job.plan.device if sync.update_weight_transfer_mode == "broadcast" else None
-    return ServedEngine(name, engine, process, speculative, broadcast_on, sync.update_weight_delta)
+    return ServedEngine(name, engine, process, speculative, sync.update_weight_delta)
 
 
 def start_server(job: Job, name: str, rank: int, gpus: SharedGpus) -> ServerProcess:
@@ -158,29 +151,3 @@ def start_server(job: Job, name: str, rank: int, gpus: SharedGpus) -> ServerProc
             environment=dict(plan.exports) | longer | seen,
         )
     )
-
-
-class OwnWeights:
-    """The trainer of this process as a source.
-
-    Packets are copies: a server that is replaced while the trainer steps loads the version before.
-    """
-
-    def __init__(self, trainer: TrainWorker, policy: PrecisionPolicy | None) -> None:
-        self._trainer, self._policy = trainer, policy
-
-    async def weights(self, version: int) -> TensorPacket:
-        named = weights_for_engine(self._trainer, self._policy)
-        copies = ((name, tensor.detach().to("cpu", copy=True)) for name, tensor in named)
-        return TensorPacket(*pack(copies, version))
-
-
-def local_weights(job: Job, spec: ArchSpec, trainer: TrainWorker) -> WeightSource:
-    """How the weights of a trainer in this process are handed over: as the run file says, else over HTTP."""
-    sync, policy = job.resolved.config.weight_sync, assemble.engine_precision(job.plan)
-    if sync.update_weight_transfer_mode != "disk":
-        return OwnWeights(trainer, policy)
-    shared = sync.update_weight_disk_dir
-    directory = (Path(shared) if shared else job.run_dir) / "weights"
-    directory.mkdir(parents=True, exist_ok=True)
-    return DiskWeights(lambda: weights_for_engine(trainer, policy), spec, job.source.directory, directory)

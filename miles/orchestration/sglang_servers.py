@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -13,22 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from torch import Tensor
 
 from miles.errors import MilesError
 from miles.http_client import ConnectionLost
-from miles.orchestration.weight_group import WeightGroup
+from miles.orchestration.weight_group import BUCKET_S
 from miles.orchestration.weight_packets import Manifest, Weights, unpack, verify
 from miles.orchestration.worker_loss import WorkerLost
 from miles.rollout.engine import EngineHealth, GenerateRequest
-from miles.rollout.sglang.control import MemoryTag, UpdateFailed
+from miles.rollout.sglang.control import CONTROL_S, MemoryTag, UpdateFailed
 from miles.rollout.sglang.engine import SglangEngine
 from miles.rollout.sglang.probe import probe
 from miles.rollout.sglang.server import ServerProcess
+from miles.rollout.sglang.weight_payload import Announced, Meeting
+from miles.training.native.process_group import LOOPBACK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from miles.orchestration.engine_pool import Answer
 
 WEIGHT_BYTES = "weight_bytes_sent"
@@ -72,8 +71,8 @@ class DiskPacket:
 class ServedEngine:
     """One server behind `engine_pool.RemoteEngine`: losses of it as WorkerLost, weights checked and loaded.
 
-    `process`: the server, where this process started it. `broadcast_on`: the device from which weights are
-    broadcast to it; None: they go over HTTP. `delta`: what it was given last does not travel again.
+    `process`: the server, where this process started it. `delta`: what it was given last does not travel
+    again.
     """
 
     def __init__(
@@ -82,16 +81,20 @@ class ServedEngine:
         engine: SglangEngine,
         process: ServerProcess | None,
         speculative: bool = False,
-        broadcast_on: str | None = None,
         delta: bool = False,
     ) -> None:
         self.name, self.engine, self.process = name, engine, process
-        self._speculative, self._broadcast_on = speculative, broadcast_on
-        self._group: WeightGroup | None = None
+        self._speculative = speculative
+        self._meeting: Meeting | None = None
+        """Of the group that it is in."""
         self._delta = delta
         self._given: dict[str, bytes] = {}
         """What it holds, under `delta`; nothing is known of it before its first weights, and after a loss."""
         self._probed = False
+
+    async def node(self) -> str:
+        """The address of its machine: preflight refuses servers elsewhere."""
+        return LOOPBACK
 
     async def ready(self) -> None:
         """Return when it answers. Raises: Unavailable when our server does not start, else WorkerLost."""
@@ -141,6 +144,10 @@ class ServedEngine:
             version = packet.manifest.version
             verify(packet.manifest, packet.weights)
             await self._asked(self._receive(packet))
+        await self._prove(version)
+
+    async def _prove(self, version: int) -> None:
+        """What the server can do, before the first request."""
         if not self._probed:
             await self._asked(probe(self.engine, version, self._speculative))
             self._probed = True
@@ -152,18 +159,55 @@ class ServedEngine:
             changed = {
                 name: packet.weights[name] for name, d in packet.digests.items() if given.get(name) != d
             }
-        await self._transfer(unpack(changed), packet.manifest.version)
+        await self.engine.receive_weights(unpack(changed), packet.manifest.version)
         if self._delta:
             self._given = packet.digests
 
-    async def _transfer(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        if self._broadcast_on is None:
-            await self.engine.receive_weights(weights, version)
-            return
-        if self._group is None:
-            ranks = self.engine.settings.tensor_parallel_size
-            self._group = await WeightGroup.joined(self.engine.control, ranks, self._broadcast_on)
-        await self.engine.receive_broadcast(weights, version, self._group)
+    async def join_group(self, meeting: Meeting, rank: int) -> None:
+        """Join the trainer's process group, from this rank on. Raises: WorkerLost, UpdateFailed."""
+        self._meeting = meeting
+        await self._partly(self.engine.join_broadcast(meeting, rank))
+
+    async def begin_broadcast(self, version: int) -> None:
+        await self._partly(self.engine.begin_broadcast(version))
+
+    async def take_broadcast(self, announced: Announced, version: int) -> None:
+        """Load one bucket that the group brings.
+
+        Raises: UpdateFailed, having left the group, where the server goes on; WorkerLost where it is gone.
+        """
+        assert self._meeting is not None, "a server joins a group before anything is broadcast"
+        name = self._meeting.name
+        try:
+            # The trainer's end gives up first, and says why.
+            limit = BUCKET_S + CONTROL_S
+            await self._partly(self.engine.take_broadcast(name, announced, version, limit))
+        except UpdateFailed:
+            with suppress(MilesError):
+                await self.leave_group()
+            raise
+
+    async def end_broadcast(self, version: int) -> None:
+        """Go on with what arrived, and prove before the first request what the server can do."""
+        await self._partly(self.engine.end_broadcast(version))
+        await self._prove(version)
+
+    async def leave_group(self) -> None:
+        """Leave the group, if it is in one: whoever waits for this server there is told."""
+        meeting, self._meeting = self._meeting, None
+        if meeting is not None:
+            await self._asked(self.engine.leave_broadcast(meeting.name))
+
+    async def _partly(self, request: Awaitable[T]) -> T:
+        """A part of a broadcast: what fails on a server that is still there is no loss of it."""
+        try:
+            return await request
+        except UpdateFailed as failed:
+            if not isinstance(failed.__cause__, ConnectionLost):
+                raise
+            raise self._loss(failed) from failed
+        except ConnectionLost as gone:
+            raise self._loss(gone) from gone
 
     async def shared(self, call: Callable[[SglangEngine], Awaitable[T]]) -> T:
         """A call between two turns on the same GPUs. Raises: WorkerLost."""
@@ -173,9 +217,8 @@ class ServedEngine:
         """Take memory back; the first time that it could answer, prove what it can do. Raises: WorkerLost."""
         await self.shared(lambda engine: engine.reclaim(tags))
         version = self.engine.health().weight_version
-        if "kv_cache" in tags and version is not None and not self._probed:
-            await self._asked(probe(self.engine, version, self._speculative))
-            self._probed = True
+        if "kv_cache" in tags and version is not None:
+            await self._prove(version)
 
     async def health(self) -> EngineHealth:
         return await self._asked(self.engine.check())
@@ -190,9 +233,9 @@ class ServedEngine:
 
     async def leave(self) -> None:
         """Let go of a server that others started; it goes on."""
-        if self.process is None and self._group is not None:
+        if self.process is None:
             with suppress(MilesError):
-                await self.engine.control.leave_group(self._group.name)
+                await self.leave_group()
 
     def kill(self) -> None:
         if self.process is not None:
@@ -200,13 +243,11 @@ class ServedEngine:
 
     async def _asked(self, request: Awaitable[T]) -> T:
         """The answer; a server that is gone, or whose weights are half new, is lost."""
-        with self._lost_when_gone():
-            return await request
-
-    @contextmanager
-    def _lost_when_gone(self) -> Iterator[None]:
         try:
-            yield
+            return await request
         except (ConnectionLost, UpdateFailed) as gone:
-            ended = self.process.ended if self.process is not None else None
-            raise WorkerLost(self.name, ended or f"{gone.what}: {gone.why}") from gone
+            raise self._loss(gone) from gone
+
+    def _loss(self, gone: MilesError) -> WorkerLost:
+        ended = self.process.ended if self.process is not None else None
+        return WorkerLost(self.name, ended or f"{gone.what}: {gone.why}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,12 +24,16 @@ class TrainWorker:
     def __init__(self, trainer: AnyTrainer, reward_key: str | None) -> None:
         self.trainer = trainer
         self._reward_key = reward_key
+        self.still, self.learnt = asyncio.Lock(), False
+        """See `broadcast_weights.BroadcastSource`."""
 
     async def train(self, samples: Sequence[Sample]) -> TrainResult:
         """Pack the samples and train on them; adds the time and speed of it to the metrics."""
         started = time.perf_counter()
         batch: TrainBatch = pack(samples, self._reward_key)
-        result = self.trainer.train_step(batch)
+        async with self.still:
+            self.learnt = True
+            result = self.trainer.train_step(batch)
         seconds = time.perf_counter() - started
         result.metrics["perf/train_time"] = seconds
         result.metrics["perf/train_tokens_per_sec"] = batch.num_tokens / seconds
@@ -61,4 +66,6 @@ class TrainWorker:
 
     async def load(self, directory: Path) -> None:
         """Restore what `save` wrote."""
-        self.trainer.load(directory)
+        async with self.still:
+            self.learnt = True
+            self.trainer.load(directory)

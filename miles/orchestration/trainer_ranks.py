@@ -11,6 +11,7 @@ from miles.data.sample import Sample
 from miles.orchestration.seats import Worker
 from miles.orchestration.turns import Held
 from miles.orchestration.worker_loss import WorkerLost
+from miles.rollout.sglang.weight_payload import Announced, Meeting
 from miles.training.trainer import TrainResult
 
 LOOPBACK = "127.0.0.1"
@@ -54,9 +55,23 @@ class TrainerRank(Worker, Protocol):
 
     async def drop_handles(self) -> None: ...
 
+    async def open_group(self, host: str, size: int) -> Meeting: ...
+
+    async def join_group(self) -> None: ...
+
+    async def next_bucket(self) -> Announced: ...
+
+    async def gather_along(self) -> None:
+        """Take part in the gather of all weights, for a rank that keeps none of them."""
+
+    async def send_bucket(self, version: int) -> None: ...
+
+    async def drop_group(self) -> None: ...
+
 
 class TrainerRanks:
-    """Implements `driver.TrainSide` and `weight_sync.WeightSource` over all ranks, which are called together.
+    """Implements `driver.TrainSide`, `weight_sync.WeightSource` and `broadcast_weights.BroadcastSource` over
+    all ranks, which are called together.
 
     Results are those of the first rank: losses and metrics are the same on all of them, and it is the one
     that writes checkpoints and packs weights.
@@ -64,6 +79,9 @@ class TrainerRanks:
 
     def __init__(self, ranks: Sequence[TrainerRank]) -> None:
         self._ranks = tuple(ranks)
+        self.still, self.learnt = asyncio.Lock(), False
+        self._along: list[asyncio.Future[None]] = []
+        """The other ranks' parts in the gather that is under way."""
 
     async def join(self) -> None:
         """Let the ranks meet: on loopback where all are on one machine, else on the first one's address."""
@@ -76,7 +94,9 @@ class TrainerRanks:
 
     async def train(self, samples: Sequence[Sample]) -> TrainResult:
         shared = self._ranks[0].share(samples)
-        result: TrainResult = (await together([rank.train(shared) for rank in self._ranks]))[0]
+        async with self.still:
+            self.learnt = True
+            result: TrainResult = (await together([rank.train(shared) for rank in self._ranks]))[0]
         return result
 
     async def update_reference(self) -> None:
@@ -92,7 +112,9 @@ class TrainerRanks:
         return all(await together([rank.saved(wait=wait) for rank in self._ranks]))
 
     async def load(self, directory: Path) -> None:
-        await together([rank.load(directory) for rank in self._ranks])
+        async with self.still:
+            self.learnt = True
+            await together([rank.load(directory) for rank in self._ranks])
 
     async def weights(self, version: int) -> Any:
         return (await together([rank.weights(version) for rank in self._ranks]))[0]
@@ -106,6 +128,47 @@ class TrainerRanks:
 
     async def drop_handles(self) -> None:
         await together([rank.drop_handles() for rank in self._ranks])
+
+    async def node(self) -> str:
+        return await self._ranks[0].node()
+
+    async def open_group(self, host: str, size: int) -> Meeting:
+        return await self._ranks[0].open_group(host, size)
+
+    async def join_group(self) -> None:
+        await self._ranks[0].join_group()
+
+    async def next_bucket(self) -> Announced:
+        """What the first rank is to send next; the others go through the whole gather at once."""
+        if not self._along:
+            self._along = [asyncio.ensure_future(rank.gather_along()) for rank in self._ranks[1:]]
+        bucket = asyncio.ensure_future(self._ranks[0].next_bucket())
+        calls: list[asyncio.Future[Any]] = [bucket, *self._along]
+        while not bucket.done():
+            going = [call for call in calls if not call.done()]
+            await asyncio.wait(going, return_when=asyncio.FIRST_COMPLETED)
+            if any(call.done() and call.exception() for call in self._along):
+                break
+        if not bucket.done() or bucket.exception() is not None:
+            # It is the loss of a rank that is told, not the connections that it broke.
+            await together([_of(call) for call in calls])
+        announced = bucket.result()
+        if announced.last:
+            along, self._along = self._along, []
+            await asyncio.gather(*along)
+        return announced
+
+    async def send_bucket(self, version: int) -> None:
+        await self._ranks[0].send_bucket(version)
+
+    async def drop_group(self) -> None:
+        await self._ranks[0].drop_group()
+        along, self._along = self._along, []
+        await asyncio.gather(*along)
+
+
+async def _of(call: asyncio.Future[Any]) -> Any:
+    return await call
 
 
 async def together(calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:

@@ -1,60 +1,118 @@
-"""A process group of this trainer and one SGLang server, through which weights are broadcast.
+"""One process group of a trainer and all of its SGLang servers, through which weights are broadcast.
 
-Rank 0 is the trainer, the GPUs of the server follow. Every server has a group of its own, so that a lost one
-takes no other with it. Every group has a name of its own: a server may outlive the run.
+Rank 0 is the trainer's first rank, the GPUs of the servers follow in the order of their seats. gloo
+broadcasts along a binomial tree and NCCL along a ring, so the trainer's link does not carry the weights once
+for every server (docs/cluster.md). Every group has a name of its own: a server may outlive the run.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from miles.rollout.sglang.control import UPDATE_S, Control, both
-from miles.training.native.process_group import LOOPBACK, on_loopback, open_store
+from miles.rollout.sglang.control import UpdateFailed
+from miles.rollout.sglang.weight_payload import Meeting
+from miles.training.native.process_group import LOOPBACK, off_loopback, on_loopback, open_store
+
+T = TypeVar("T")
+
+BUCKET_S = 300.0
+"""Seconds for one bucket, and for all to meet. Less than a trainer's other ranks wait in a collective."""
 
 
 class WeightGroup:
-    """Implements `rollout.sglang.control.Broadcaster`. Both sides have joined when `joined` returns it."""
+    """Rank 0's end. It listens from the beginning, and has a group once it `joined`."""
 
-    def __init__(self, name: str, group: dist.ProcessGroup, store: dist.TCPStore, device: str) -> None:
-        self.name, self._group, self._device = name, group, device
-        self._store = store  # serves the other ranks for as long as there is a group
+    def __init__(self, host: str, size: int, device: str) -> None:
+        """`size`: ranks with this one. Raises: RunError when `host` cannot be listened on."""
+        self._store, self._device = open_store(host), device
+        backend, name = "nccl" if device == "cuda" else "gloo", f"miles-{uuid.uuid4().hex}"
+        self.meeting = Meeting(host, int(self._store.port), name, size, backend)
+        self._group: dist.ProcessGroup | None = None
 
-    @classmethod
-    async def joined(cls, control: Control, server_ranks: int, device: str) -> WeightGroup:
-        """Form a group with a server on this machine. Raises: ConnectionLost, UpdateFailed."""
-        name, backend = f"miles-{uuid.uuid4().hex}", "nccl" if device == "cuda" else "gloo"
-        store = open_store(LOOPBACK)
-        on_loopback()
-        size = 1 + server_ranks
-        told = control.join_group(LOOPBACK, store.port, size, name, backend)
-        ours = asyncio.to_thread(_become_first, store, size, name, backend)
-        group = await both(told, ours, f"process group {name} was not formed")
-        return cls(name, group, store, device)
+    async def join(self) -> None:
+        """Return when all ranks have come. Raises: UpdateFailed."""
+        await _beside(self._form, f"process group {self.meeting.name} was not formed")
 
-    def send(self, tensors: Sequence[Tensor]) -> None:
-        """Broadcast them, in their order; returns when the server has them all."""
-        on_device = [tensor.to(self._device).contiguous() for tensor in tensors]
-        works = [self._group.broadcast(tensor, 0) for tensor in on_device]
+    async def send(self, tensors: Sequence[Tensor], version: int) -> None:
+        """Broadcast them, in their order; returns when they are with the others. Raises: UpdateFailed."""
+        await _beside(lambda: self._send(tensors), f"weight version {version} broke off")
+
+    def leave(self) -> None:
+        """Let go: ranks that still wait for this one are told by the end of its connections."""
+        group, self._group = self._group, None
+        if group is not None:
+            dist.destroy_process_group(group)
+
+    def _form(self) -> None:
+        """As the server does it: a group beside the default one, which need not be there."""
+        meeting = self.meeting
+        (on_loopback if meeting.host == LOOPBACK else off_loopback)()
+        group, _ = distributed_c10d._new_process_group_helper(
+            meeting.size,
+            0,
+            [],
+            dist.Backend(meeting.backend),
+            dist.PrefixStore(meeting.name, self._store),
+            group_name=meeting.name,
+            timeout=timedelta(seconds=BUCKET_S),
+        )
+        distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(meeting.size)}
+        self._group = group
+
+    def _send(self, tensors: Sequence[Tensor]) -> None:
+        group = self._group
+        assert group is not None, "a group is joined before anything is sent through it"
+        if self._device != "cuda":
+            self._broadcast(group, tensors)
+            return
+        # On a stream of its own, so that the trainer's gathers the next bucket meanwhile.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            self._broadcast(group, tensors)
+        stream.synchronize()
+
+    def _broadcast(self, group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
+        on_device = [tensor.detach().to(self._device).contiguous() for tensor in tensors]
+        works = [group.broadcast(tensor, 0) for tensor in on_device]
         for work in works:
             work.wait()
 
 
-def _become_first(store: dist.TCPStore, size: int, name: str, backend: str) -> dist.ProcessGroup:
-    """As the server does it: a group beside the default one, which need not be there."""
-    group, _ = distributed_c10d._new_process_group_helper(
-        size,
-        0,
-        [],
-        dist.Backend(backend),
-        dist.PrefixStore(name, store),
-        group_name=name,
-        timeout=timedelta(seconds=UPDATE_S),
-    )
-    return group
+async def _beside(call: Callable[[], T], failure: str) -> T:
+    """The result of a call in a thread that nobody waits for at the end of the process: it may hang for as
+    long as `BUCKET_S`. Raises: UpdateFailed for what torch raises.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: RuntimeError | None) -> None:
+        if done.done():
+            return
+        if error is None:
+            done.set_result(result)  # type: ignore[arg-type]
+        else:
+            done.set_exception(UpdateFailed(failure, why=str(error).splitlines()[0]))
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = call()
+        except RuntimeError as broken:
+            # Without its frames, which hold the group and so its connections.
+            error = broken.with_traceback(None)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="weight-group", daemon=True).start()
+    return await done

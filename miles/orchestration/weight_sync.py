@@ -9,7 +9,7 @@ from torch import Tensor
 
 from miles.arch.precision import PrecisionPolicy
 from miles.errors import RunError
-from miles.orchestration.engine_pool import EnginePool
+from miles.orchestration.engine_pool import EnginePool, RemoteEngine
 from miles.orchestration.train_worker import TrainWorker
 from miles.orchestration.weight_packets import WeightsDamaged
 from miles.record import RecordWriter
@@ -83,6 +83,16 @@ class EqualWeights:
             )
 
 
+class ServedSync(WeightSync, Protocol):
+    """A way to engines that are replaced when they are lost."""
+
+    async def catch_up(self, engine: Any) -> None:
+        """Give an engine that was started in place of another what it needs before it serves.
+
+        Raises: WorkerLost.
+        """
+
+
 class WeightSource(Protocol):
     """A trainer in another process."""
 
@@ -94,12 +104,16 @@ class PacketWeights:
     """Trainer and engines in processes of their own: checked packets through the object store.
 
     An engine loads a packet between two of its steps, after checking all of it, so it never serves two
-    versions at once. `current` is what a replaced engine must load before it serves.
+    versions at once. `current` is what a replaced engine loads before it serves.
     """
 
     def __init__(self, trainer: WeightSource, pool: EnginePool, record: RecordWriter) -> None:
         self._trainer, self._pool, self._record = trainer, pool, record
         self.current: Any = None
+
+    async def catch_up(self, engine: RemoteEngine) -> None:
+        if self.current is not None:
+            await engine.load(self.current)
 
     async def send(self, version: int) -> None:
         for sends in range(1, MAX_SENDS + 1):

@@ -32,8 +32,8 @@ from miles.http_client import HttpClient
 from miles.models import mlp
 from miles.orchestration.disk_weights import DiskWeights
 from miles.orchestration.sglang_servers import ServedEngine, TensorPacket
-from miles.orchestration.weight_group import WeightGroup
 from miles.orchestration.weight_packets import pack as pack_weights
+from miles.orchestration.weight_sender import WeightSender
 from miles.planning.facts.server import ENVIRONMENT
 from miles.record import RunReader
 from miles.rollout.engine import GenerateOutput, GenerateRequest, SamplingParams
@@ -42,6 +42,7 @@ from miles.rollout.served_teacher import ServedTeachers
 from miles.rollout.sglang.engine import SglangEngine, SglangSettings
 from miles.rollout.sglang.probe import probe
 from miles.rollout.sglang.server import ServerProcess
+from miles.rollout.sglang.weight_payload import with_tied_head
 from miles.training.native.trainer import NativeTrainer
 from miles.training.settings import TrainerSettings
 from miles.weights.hf import read_hf
@@ -199,17 +200,34 @@ def test_every_way_to_hand_weights_over_gives_the_same_weights(
         packet = await disk.weights(9)
         await engine.receive_checkpoint(packet.directory, packet.version)
         assert await engine.control.checksum() == whole
-        group = await WeightGroup.joined(engine.control, 1, "cpu")
-        await engine.receive_broadcast(moved(checkpoint, seed=3), 10, group)
+        await broadcast(engine, moved(checkpoint, seed=3), 10, bucket_bytes=512 * 1024**2)
         assert await engine.control.checksum() == other
-        in_buckets = SglangEngine(engine.http, spec, replace(engine.settings, bucket_bytes=20_000))
-        await in_buckets.receive_broadcast(moved(checkpoint, seed=2), 11, group)
+        await broadcast(engine, moved(checkpoint, seed=2), 11, bucket_bytes=20_000)
         assert await engine.control.checksum() == whole
         assert len({before, whole, other}) == 3
         assert await engine.control.weight_version() == 11
         await probe(in_buckets, version=11)
 
     settle(scenario())
+
+
+async def broadcast(
+    engine: SglangEngine, weights: list[tuple[str, torch.Tensor]], version: int, bucket_bytes: int
+) -> None:
+    """Through a process group of this process and the server."""
+    sender = WeightSender(lambda: with_tied_head(weights), bucket_bytes, "cpu")
+    meeting = sender.open("127.0.0.1", 2)
+    await asyncio.gather(sender.join(), engine.join_broadcast(meeting, 1))
+    await engine.begin_broadcast(version)
+    last = False
+    while not last:
+        announced = await sender.next_bucket()
+        taken = engine.take_broadcast(meeting.name, announced, version, PATIENCE_S)
+        await asyncio.gather(sender.send_bucket(version), taken)
+        last = announced.last
+    await engine.end_broadcast(version)
+    await engine.leave_broadcast(meeting.name)
+    await sender.drop()
 
 
 def test_only_tensors_that_changed_are_sent_again(engine: SglangEngine, checkpoint: Path) -> None:

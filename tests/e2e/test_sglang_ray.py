@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from e2e_support import Cli, summary_of
 from sglang_support import ATTACHED, TRAIN
@@ -32,13 +33,29 @@ def assert_whole(run: Path, steps: int) -> None:
     assert all(row["train/train_rollout_logprob_abs_diff"] < 1e-5 for row in rows)
 
 
-def test_a_server_that_a_ray_worker_starts_samples_for_the_run(cli: Cli) -> None:
-    done = cli(*TRAIN, *FEW, "--num-rollout", "3", "--sample-records-per-step", "64")
-    assert done.returncode == 0, done.stderr
+def test_weights_are_broadcast_to_a_ray_worker_s_server_and_to_the_one_in_its_place(cli: Cli) -> None:
+    """A process group of the two worker processes; the server is killed once, in whatever it does then."""
+    size = ("--num-rollout", "4", "--sample-records-per-step", "64", "--update-weight-buffer-size", "200000")
+    mode = ("--update-weight-transfer-mode", "broadcast", "--check-weight-update-equal")
+    process = cli.start(*TRAIN, *FEW, *size, *mode, "--train-backend", "megatron")
+    cli.wait_until(lambda: last_step(cli) >= 1, process)
     run = cli.only_run()
-    assert_whole(run, 3)
+    worker = next(e["pid"] for e in RunReader(run).events("worker_start") if e["worker"] == "engine-0")
+    psutil.Process(worker).children()[0].kill()
+    _, stderr = cli.outcome(process)
+    assert process.returncode == 0, stderr
+    assert_whole(run, 4)
     assert (run / "logs" / "server-0.log").stat().st_size > 0
-    assert len(RunReader(run).events("engine_gauges")) == 4
+    reader = RunReader(run)
+    assert [event["worker"] for event in reader.events("worker_dead")] == ["engine-0"]
+    compared = {
+        event["version"]: event["checksums"]["engine-0"] for event in reader.events("weights_compared")
+    }
+    assert list(compared) == [0, 1, 2, 3, 4] and len(set(compared.values())) == 5
+    sent = reader.events("weights_broadcast")
+    assert {event["version"] for event in sent} == {0, 1, 2, 3, 4}
+    assert len({event["bytes"] for event in sent}) == 1 and {event["buckets"] for event in sent} == {5}
+    assert len(reader.events("engine_gauges")) == 5
 
 
 def test_a_killed_megatron_trainer_resumes_by_itself_from_the_last_checkpoint(

@@ -16,9 +16,9 @@ class WeightSyncSection(Section):
     """Rollouts between two updates."""
 
     update_weight_transfer_mode: Literal["tensor", "broadcast", "disk"] | None = None
-    """Transport between processes: to each server over HTTP (`tensor`), through a process group of trainer
-    and server (`broadcast`: gloo, NCCL), or a directory (`disk`); default: shared memory under `colocate`,
-    SGLang servers on a CPU `tensor`, else broadcast."""
+    """Transport between processes: to each server over HTTP (`tensor`), through one process group of the
+    trainer and all servers (`broadcast`: gloo, NCCL), or a directory (`disk`); default: CUDA handles under
+    `colocate`, else `tensor`."""
 
     update_weight_buffer_size: PositiveInt = 512 * 1024**2
     """Bytes per bucket."""

@@ -10,19 +10,17 @@ both by `/post_process_weights`; those as released load them once, and are refus
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import torch
 
 from miles.errors import RunError
 from miles.http_client import ConnectionLost, HttpClient, Response
 from miles.rollout.sglang.contract import read_version
-from miles.rollout.sglang.weight_payload import buckets, encode
+from miles.rollout.sglang.weight_payload import Announced, Meeting, buckets, encode
 
-T = TypeVar("T")
 PauseMode = Literal["abort", "retract", "in_place"]
 MemoryTag = Literal["kv_cache", "weights", "cuda_graph"]
 
@@ -38,16 +36,6 @@ REPACK = {"restore_weights_before_load": False, "post_process_quantization": Tru
 
 class UpdateFailed(RunError):
     """New weights did not arrive whole: the server must not serve until it has weights of one version."""
-
-
-class Broadcaster(Protocol):
-    """The trainer's side of a process group with one server."""
-
-    @property
-    def name(self) -> str: ...
-
-    def send(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Broadcast them, in their order; returns when the server has them all."""
 
 
 class Control:
@@ -147,15 +135,18 @@ class Control:
         elif self._repacks:
             await self._update("/post_process_weights", REPACK, version)
 
-    async def join_group(self, host: str, port: int, size: int, name: str, backend: str) -> None:
-        """Join a process group whose rank 0 waits at this address; returns when all have come."""
+    async def join_group(self, meeting: Meeting, rank: int) -> None:
+        """Join a process group whose rank 0 waits at this address; returns when all have come.
+
+        `rank`: of the server's first GPU.
+        """
         body = {
-            "master_address": host,
-            "master_port": port,
-            "rank_offset": 1,
-            "world_size": size,
-            "group_name": name,
-            "backend": backend,
+            "master_address": meeting.host,
+            "master_port": meeting.port,
+            "rank_offset": rank,
+            "world_size": meeting.size,
+            "group_name": meeting.name,
+            "backend": meeting.backend,
         }
         await self._command("/init_weights_update_group", body)
 
@@ -164,33 +155,24 @@ class Control:
         await self._command("/destroy_weights_update_group", {"group_name": name})
 
     async def update_from_group(
-        self,
-        weights: Iterable[tuple[str, torch.Tensor]],
-        version: int,
-        max_bucket_bytes: int,
-        flush: bool,
-        group: Broadcaster,
-    ) -> int:
-        """As `update_from_tensors`; names go over HTTP and weights through a group that the server joined."""
-        sent = 0
-        in_session = await self.open_update()
-        for bucket, last in buckets(weights, max_bucket_bytes):
-            body: dict[str, Any] = {
-                "names": [name for name, _ in bucket],
-                "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-                "shapes": [list(tensor.shape) for _, tensor in bucket],
-                "group_name": group.name,
-                "flush_cache": flush and last,
-                "abort_all_requests": False,
-            }
-            if last:
-                body["weight_version"] = str(version)
-            told = self._update("/update_weights_from_distributed", body, version)
-            tensors = [tensor for _, tensor in bucket]
-            await both(told, asyncio.to_thread(group.send, tensors), f"weight version {version} broke off")
-            sent += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        await self.close_update(version, in_session)
-        return sent
+        self, group: str, announced: Announced, version: int, flush: bool, timeout: float
+    ) -> None:
+        """One bucket of an update, through a group that the server joined; the version comes with the last.
+
+        `flush`: as in `update_from_tensors`. The server has loaded the tensors when this returns.
+        Raises: UpdateFailed.
+        """
+        body: dict[str, Any] = {
+            "names": list(announced.names),
+            "dtypes": list(announced.dtypes),
+            "shapes": [list(shape) for shape in announced.shapes],
+            "group_name": group,
+            "flush_cache": flush and announced.last,
+            "abort_all_requests": False,
+        }
+        if announced.last:
+            body["weight_version"] = str(version)
+        await self._update("/update_weights_from_distributed", body, version, timeout)
 
     async def update_from_disk(self, checkpoint: Path, version: int, flush: bool) -> int:
         """Replace weights by those of a checkpoint that the server can read; returns how many bytes it has.
@@ -245,9 +227,9 @@ class Control:
             "abort_all_requests": False,
         }
 
-    async def _update(self, path: str, body: dict[str, Any], version: int) -> None:
+    async def _update(self, path: str, body: dict[str, Any], version: int, timeout: float = UPDATE_S) -> None:
         try:
-            response = await self._http.post(path, body, UPDATE_S)
+            response = await self._http.post(path, body, timeout)
         except ConnectionLost as lost:
             raise UpdateFailed(
                 f"weight version {version} broke off", where=self._http.url, why=lost.why
@@ -290,20 +272,3 @@ def _gauges(page: str) -> Iterator[tuple[str, float]]:
         name = head.partition("{")[0].removeprefix("sglang:")
         found[name] = found.get(name, 0.0) + float(value)
     yield from found.items()
-
-
-async def both(told: Awaitable[Any], ours: Awaitable[T], failure: str) -> T:
-    """The result of our side of a collective call that a request started on the server's side.
-
-    Raises what the request raises, else UpdateFailed; then nobody waits for the other side.
-    """
-    asked, here = asyncio.ensure_future(told), asyncio.ensure_future(ours)
-    here.add_done_callback(lambda done: done.cancelled() or done.exception())
-    done, _ = await asyncio.wait((asked, here), return_when=asyncio.FIRST_EXCEPTION)
-    if asked in done:
-        asked.result()
-    try:
-        return await here
-    except RuntimeError as broken:
-        asked.cancel()
-        raise UpdateFailed(failure, why=str(broken).splitlines()[0]) from broken

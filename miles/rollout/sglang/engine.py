@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from miles.http_client import ConnectionLost, HttpClient
 from miles.rollout.engine import EngineHealth, GenerateOutput, GenerateRequest, RequestRefused
 from miles.rollout.sglang.continuation import joined, rest_of
 from miles.rollout.sglang.contract import BrokenContract, RouteShape, group_body, read_answer
-from miles.rollout.sglang.control import Broadcaster, Control, MemoryTag, PauseMode, UpdateFailed
-from miles.rollout.sglang.weight_payload import with_tied_head
+from miles.rollout.sglang.control import Control, MemoryTag, PauseMode, UpdateFailed
+from miles.rollout.sglang.weight_payload import Announced, Meeting, with_tied_head
 
 BUCKET_BYTES = 512 * 1024**2
 BAD_REQUEST = range(400, 500)
@@ -86,6 +87,8 @@ class SglangEngine:
         self._steady.set()
         self.sent_bytes = 0
         """Of the weights of the last update."""
+        self._arriving, self._in_session = 0, False
+        """Bytes of a broadcast so far, and whether the server has an update session open for it."""
         self._version: int | None = None
         self._broken = ""
         self._paused = False
@@ -182,14 +185,43 @@ class SglangEngine:
             version, lambda: self.control.update_from_tensors(sent, version, bucket, self._forgets)
         )
 
-    async def receive_broadcast(
-        self, weights: Iterable[tuple[str, torch.Tensor]], version: int, group: Broadcaster
-    ) -> None:
-        """As `receive_weights`, through a process group that the server has joined. Raises: UpdateFailed."""
-        bucket, sent = self.settings.bucket_bytes, with_tied_head(weights) if self._tied else weights
-        await self._update(
-            version, lambda: self.control.update_from_group(sent, version, bucket, self._forgets, group)
-        )
+    async def join_broadcast(self, meeting: Meeting, rank: int) -> None:
+        """Join a process group, from this rank on. Raises: UpdateFailed."""
+        try:
+            await self.control.join_group(meeting, rank)
+        except RunError as refused:
+            raise UpdateFailed("the process group was not joined", self.http.url, refused.why) from refused
+
+    async def begin_broadcast(self, version: int) -> None:
+        """Stop decoding for weights that come through a process group, bucket by bucket."""
+        self._broken = f"receiving weight version {version} failed half way"
+        self._steady.clear()
+        with self._steady_when_broken():
+            await self._stop_decoding()
+            self._in_session = await self.control.open_update()
+            self._arriving = 0
+
+    async def take_broadcast(self, group: str, announced: Announced, version: int, timeout: float) -> None:
+        """Load one bucket that the group brings. Raises: UpdateFailed."""
+        with self._steady_when_broken():
+            await self.control.update_from_group(group, announced, version, self._forgets, timeout)
+            self._arriving += announced.nbytes
+
+    async def end_broadcast(self, version: int) -> None:
+        """The weights are whole: go on. Raises: UpdateFailed when the server says otherwise."""
+        with self._steady_when_broken():
+            await self.control.close_update(version, self._in_session)
+            self._in_session, self.sent_bytes = False, self._arriving
+            await self._arrived(version)
+        self._steady.set()
+
+    async def leave_broadcast(self, group: str) -> None:
+        """Leave a process group. Weights that did not arrive whole are not served."""
+        self._steady.set()
+        in_session, self._in_session = self._in_session, False
+        await self.control.leave_group(group)
+        if in_session:
+            await self.control.close_update(-1, in_session)
 
     async def receive_checkpoint(self, checkpoint: Path, version: int) -> None:
         """Let the server read its weights from a directory. Raises: UpdateFailed."""
@@ -218,10 +250,7 @@ class SglangEngine:
     async def end_handles(self, version: int, in_session: bool) -> None:
         """The weights are whole. Raises: UpdateFailed when the server says otherwise."""
         await self.control.close_update(version, in_session)
-        told = await self.control.weight_version()
-        if told != version:
-            what = f"the server says it has weight version {told}"
-            raise UpdateFailed(what, self.http.url, f"{version} was sent")
+        await self._told(version)
         self._version, self._broken = version, ""
 
     @property
@@ -235,14 +264,31 @@ class SglangEngine:
         try:
             await self._stop_decoding()
             self.sent_bytes = await transfer()
-            told = await self.control.weight_version()
-            if told != version:
-                what = f"the server says it has weight version {told}"
-                raise UpdateFailed(what, self.http.url, f"{version} was sent")
-            await self.control.resume()
-            self._version, self._broken = version, ""
+            await self._arrived(version)
         finally:
             self._steady.set()
+
+    async def _arrived(self, version: int) -> None:
+        """Every weight of this version is there: decode again."""
+        await self._told(version)
+        await self.control.resume()
+        self._version, self._broken = version, ""
+
+    async def _told(self, version: int) -> None:
+        """Raises: UpdateFailed when the server names another version than it was sent."""
+        told = await self.control.weight_version()
+        if told != version:
+            what = f"the server says it has weight version {told}"
+            raise UpdateFailed(what, self.http.url, f"{version} was sent")
+
+    @contextmanager
+    def _steady_when_broken(self) -> Iterator[None]:
+        """A part of an update; when it fails, requests that wait for its end are told so."""
+        try:
+            yield
+        except BaseException:
+            self._steady.set()
+            raise
 
     async def _stop_decoding(self) -> None:
         """Pause. Running requests stay as they are ("in_place"), or end: for good, or to go on afterwards."""

@@ -9,10 +9,45 @@ from __future__ import annotations
 import base64
 import pickle
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 Bucket = list[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What a bucket holds that a process group brings, in the order of its coming. `last`: of its update."""
+
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    nbytes: int
+    last: bool
+
+    @classmethod
+    def of(cls, bucket: Bucket, last: bool) -> Announced:
+        tensors = [tensor for _, tensor in bucket]
+        return cls(
+            names=tuple(name for name, _ in bucket),
+            dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors),
+            shapes=tuple(tuple(tensor.shape) for tensor in tensors),
+            nbytes=sum(tensor.nbytes for tensor in tensors),
+            last=last,
+        )
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of a group meet: the address of rank 0's store, and what they tell each other."""
+
+    host: str
+    port: int
+    name: str
+    size: int
+    backend: str
+
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -158,6 +158,12 @@ def on_loopback() -> None:
     environment.export_default("GLOO_SOCKET_IFNAME", _loopback_interface())
 
 
+def off_loopback() -> None:
+    """Let gloo talk to other machines again, after `on_loopback`."""
+    if environment.get("GLOO_SOCKET_IFNAME") == _loopback_interface():
+        environment.take_back("GLOO_SOCKET_IFNAME")
+
+
 def _loopback_interface() -> str:
     """`lo` on Linux, `lo0` on macOS."""
     return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))

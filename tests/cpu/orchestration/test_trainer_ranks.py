@@ -11,6 +11,7 @@ from miles.errors import CheckpointError
 from miles.orchestration import trainer_ranks
 from miles.orchestration.trainer_ranks import TrainerRanks
 from miles.orchestration.worker_loss import WorkerLost
+from miles.rollout.sglang.weight_payload import Announced
 
 
 class Rank:
@@ -40,6 +41,20 @@ class Rank:
         if self.error is not None:
             raise self.error
         return self.number
+
+    async def next_bucket(self) -> Announced:
+        self.asked.append(("next_bucket",))
+        await asyncio.sleep(0.01)
+        return Announced(("a",), ("float32",), ((1,),), 4, last=self.asked.count(("next_bucket",)) == 3)
+
+    async def gather_along(self) -> None:
+        self.asked.append(("gather_along",))
+        await asyncio.sleep(self.delay)
+        if self.error is not None:
+            raise self.error
+
+    async def drop_group(self) -> None:
+        self.asked.append(("drop_group",))
 
 
 def ask(*ranks: Rank) -> Any:
@@ -85,3 +100,37 @@ def test_a_rank_that_waits_for_one_that_failed_is_not_waited_for(monkeypatch: py
     waiting.delay = 600
     with pytest.raises(CheckpointError, match="disk"):
         ask(Rank(0, error=CheckpointError("disk full")), waiting)
+
+
+def test_the_first_rank_cuts_buckets_and_the_others_gather_along() -> None:
+    """They are called once for all buckets, and for the next version again."""
+    ranks = [Rank(0), Rank(1), Rank(2)]
+    ranks[2].delay = 0.02
+
+    async def scenario() -> list[bool]:
+        trainer = TrainerRanks(ranks)
+        return [(await trainer.next_bucket()).last for _ in range(4)]
+
+    assert asyncio.run(scenario()) == [False, False, True, False]
+    assert [rank.asked for rank in ranks] == [[("next_bucket",)] * 4, *[[("gather_along",)] * 2] * 2]
+
+
+def test_a_rank_that_is_lost_in_a_gather_is_named() -> None:
+    lost = Rank(1, error=WorkerLost("trainer-1", "killed"))
+    with pytest.raises(WorkerLost, match="trainer-1"):
+        asyncio.run(TrainerRanks([Rank(0), lost]).next_bucket())
+
+
+def test_a_gather_that_is_dropped_is_brought_to_its_end_on_all_ranks() -> None:
+    ranks = [Rank(0), Rank(1)]
+    ranks[1].delay = 0.02
+
+    async def scenario() -> None:
+        trainer = TrainerRanks(ranks)
+        await trainer.next_bucket()
+        await trainer.drop_group()
+        await trainer.next_bucket()
+
+    asyncio.run(scenario())
+    assert ranks[0].asked == [("next_bucket",), ("drop_group",), ("next_bucket",)]
+    assert ranks[1].asked == [("gather_along",)] * 2

@@ -13,7 +13,7 @@ from miles.arch.precision import NumberFormat, PrecisionPolicy
 from miles.config import resolve
 from miles.data.tasks import resolve_builtin
 from miles.orchestration.assemble import sglang_settings
-from miles.orchestration.sglang_crew import OwnWeights
+from miles.orchestration.local_weights import OwnWeights
 from miles.orchestration.train_worker import TrainWorker
 from miles.orchestration.weight_packets import pack, unpack, verify
 from miles.orchestration.weight_sync import RoundedWeights, weights_for_engine

@@ -875,6 +875,21 @@ def test_both_sides_of_a_quantised_engine_start_where_they_can(resolved: Make, f
     assert "/models/plain is int4" in found(f"{INT4} --load /models/plain", loaded)["PRC4"]
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("--one-step-ahead", "broadcast, and a trainer that learns beside the rollout"),
+        ("--colocate", "broadcast to servers on the trainer's GPUs"),
+        ("--sglang-speculative-algorithm EAGLE --mtp-num-layers 1", "broadcast with EAGLE"),
+    ],
+)
+def test_what_a_broadcast_does_not_reach(words: str, what: str, resolved: Make, facts: Facts) -> None:
+    broadcast = "--rollout-backend sglang --update-weight-transfer-mode broadcast"
+    run = resolved(f"{SCALED.replace('--colocate', '')} {broadcast} {words}", "--lr")
+    found = [f.what for f in preflight(run, on("16xH100")(facts)) if f.rule == "SRV4"]
+    assert found == [what]
+
+
 def test_int4_experts_are_sent_whole(resolved: Make, facts: Facts) -> None:
     run = resolved(f"{SCALED} {INT4} --update-weight-delta", "--lr")
     found = [f for f in preflight(run, on("16xH100")(facts)) if f.rule == "I45"]

@@ -11,11 +11,13 @@ import base64
 import pickle
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import orjson
 import torch
+import torch.distributed as dist
 
 Answer = tuple[int, Any]
 
@@ -39,11 +41,21 @@ class FakeSglang:
         self.cut_after: int | None = None
         """Tokens of every response that an abort or a pause then cuts off."""
         self.hang_up_on: set[str] = set()
+        self.groups: dict[str, dist.ProcessGroup] = {}
+        """Real ones, of gloo, by name."""
         self.generating = asyncio.Event()
         self.finish = asyncio.Event()
         self.finish.set()
         self.asked_rids: set[str] = set()
+        self.dead = False
+        self.dies_on_bucket: int | None = None
+        """Buckets of a broadcast that it takes before it dies."""
         self.url = ""
+
+    def die(self) -> None:
+        """As a process that is killed: no answer any more, and its end of every connection closed."""
+        self.dead = True
+        self.groups.clear()
 
     @property
     def paths(self) -> list[str]:
@@ -64,7 +76,9 @@ class FakeSglang:
         length = next((int(line[15:]) for line in head.split("\r\n") if line.startswith("Content-Length")), 0)
         body = orjson.loads(await reader.readexactly(length)) if length else None
         self.calls.append((path, body))
-        if path not in self.hang_up_on:
+        if path == "/update_weights_from_distributed" and len(self.buckets) == self.dies_on_bucket:
+            self.die()
+        if path not in self.hang_up_on and not self.dead:
             status, answer = await self._answer(path, body)
             raw = answer if isinstance(answer, bytes) else orjson.dumps(answer)
             # In two chunks, as servers that stream do.
@@ -133,7 +147,24 @@ class FakeSglang:
         self.version = body.get("weight_version", self.version)
         return 200, {"success": True, "message": "ok"}
 
+    async def _on_init_weights_update_group(self, body: Any) -> Answer:
+        self.groups[body["group_name"]] = await asyncio.to_thread(_join, body)
+        return 200, {"success": True}
+
+    async def _on_destroy_weights_update_group(self, body: Any) -> Answer:
+        there = self.groups.pop(body["group_name"], None) is not None
+        return 200, {"success": there, "message": "" if there else "no such group"}
+
     async def _on_update_weights_from_distributed(self, body: Any) -> Answer:
+        described = zip(body["shapes"], body["dtypes"], strict=True)
+        tensors = [torch.empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in described]
+        if group := self.groups.get(body["group_name"]):
+            try:
+                await asyncio.to_thread(_receive, group, tensors)
+            except RuntimeError as broken:
+                return 400, {"success": False, "message": str(broken).splitlines()[0]}
+        self.buckets.append(body["names"])
+        self.received |= dict(zip(body["names"], tensors, strict=True))
         self.version = body.get("weight_version", self.version)
         return 200, {"success": True, "message": "ok"}
 
@@ -179,3 +210,21 @@ class FakeSglang:
             "output_ids": output,
             "meta_info": {k: v for k, v in meta.items() if k not in self.drop_fields},
         }
+
+
+def _join(body: Any) -> dist.ProcessGroup:
+    """As torch's own helper does it below SGLang's `init_custom_process_group`."""
+    name, limit = body["group_name"], timedelta(seconds=20)
+    store: dist.Store = dist.TCPStore(
+        body["master_address"], body["master_port"], is_master=False, timeout=limit
+    )
+    for prefix in (name, f"{name}/", "cpu/"):
+        store = dist.PrefixStore(prefix, store)
+    return dist.ProcessGroupGloo(store, body["rank_offset"], body["world_size"], limit)
+
+
+def _receive(group: dist.ProcessGroup, tensors: list[torch.Tensor]) -> None:
+    options = dist.BroadcastOptions()
+    options.rootRank = 0
+    for work in [group.broadcast([tensor], options) for tensor in tensors]:
+        work.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from miles.rollout.sglang.control import UpdateFailed
 from miles.rollout.sglang.engine import SglangEngine, SglangSettings
 from miles.rollout.sglang.probe import probe
 from miles.rollout.sglang.server import free_ports
-from miles.rollout.sglang.weight_payload import buckets, encode
+from miles.rollout.sglang.weight_payload import Announced, buckets, encode
 from miles.weights.low_precision import as_stored
 from tests.cpu.rollout.fake_sglang import FakeSglang
 
@@ -155,7 +155,7 @@ def test_packed_weights_are_put_back_before_and_repacked_after(
             await engine.take_handles([encode(packed(spec))], 2, last=True)
             await engine.end_handles(2, in_session)
         elif way == "broadcast":
-            await engine.receive_broadcast(packed(spec), 2, Wire())
+            await broadcast(engine, packed(spec), 2)
         else:
             await engine.receive_weights(packed(spec), 2)
             received = {name: tensor for name, tensor in server.received.items() if name.startswith(part)}
@@ -224,50 +224,36 @@ def test_weights_from_disk_carry_their_version(spec: ArchSpec) -> None:
     with_server(spec, scenario)
 
 
-class Wire:
-    """What the trainer broadcasts, and to whom."""
-
-    name = "weights"
-
-    def __init__(self, broken: str = "") -> None:
-        self.sent: list[list[torch.Tensor]] = []
-        self._broken = broken
-
-    def send(self, tensors: Sequence[torch.Tensor]) -> None:
-        if self._broken:
-            raise RuntimeError(self._broken)
-        self.sent.append(list(tensors))
+async def broadcast(engine: SglangEngine, weights: list[tuple[str, torch.Tensor]], version: int) -> None:
+    """All parts of a broadcast; nothing travels."""
+    await engine.begin_broadcast(version)
+    for bucket, last in buckets(weights, 32):
+        await engine.take_broadcast("group", Announced.of(bucket, last), version, 5.0)
+    await engine.end_broadcast(version)
 
 
 def test_a_broadcast_names_what_the_group_brings(spec: ArchSpec) -> None:
-    settings = SglangSettings(max_context_len=16, bucket_bytes=32)
-
     async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
-        wire = Wire()
-        await engine.receive_broadcast(WEIGHTS, 3, wire)
+        await broadcast(engine, WEIGHTS, 3)
         told = [body for path, body in server.calls if path == "/update_weights_from_distributed"]
-        sent = [tensor for tensors in wire.sent for tensor in tensors]
-        assert [name for body in told for name in body["names"]] == [
-            "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight",
-        ]  # fmt: skip
-        assert [shape for body in told for shape in body["shapes"]] == [list(t.shape) for t in sent]
+        assert len(told) > 1
+        assert [name for body in told for name in body["names"]] == [name for name, _ in WEIGHTS]
+        assert [shape for body in told for shape in body["shapes"]] == [list(t.shape) for _, t in WEIGHTS]
         assert {dtype for body in told for dtype in body["dtypes"]} == {"float32"}
         assert [body.get("weight_version") for body in told] == [None] * (len(told) - 1) + ["3"]
         assert [body["flush_cache"] for body in told] == [False] * (len(told) - 1) + [True]
-        assert server.paths.index("/pause_generation") < server.paths.index(
-            "/update_weights_from_distributed"
-        )
+        first = server.paths.index("/update_weights_from_distributed")
+        assert server.paths.index("/pause_generation") < first
+        assert await engine.generate([request(1, 2, 3)])
 
-    with_server(spec, scenario, settings=settings)
+    with_server(spec, scenario)
 
 
-def test_a_broadcast_that_breaks_off_on_either_side_is_no_update(spec: ArchSpec) -> None:
+def test_a_broadcast_that_breaks_off_is_no_update(spec: ArchSpec) -> None:
     async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
-        with pytest.raises(UpdateFailed, match="broke off"):
-            await engine.receive_broadcast(WEIGHTS, 3, Wire("Connection closed by peer"))
         server.overrides["/update_weights_from_distributed"] = 400, {"success": False, "message": "no group"}
         with pytest.raises(UpdateFailed, match="refused"):
-            await engine.receive_broadcast(WEIGHTS, 4, Wire())
+            await broadcast(engine, WEIGHTS, 4)
         with pytest.raises(RunError, match="cannot generate"):
             await engine.generate([request(1, 2, 3)])
 
