@@ -46,6 +46,12 @@ class MilesError(ValueError):
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
 
+    @property
+    def in_one_line(self) -> str:
+        """Where, what and why, for a message that has a remedy of its own."""
+        why = f" ({self.why})" if self.why else ""
+        return f"{self.where}: {self.what}{why}" if self.where else f"{self.what}{why}"
+
 
 class ConfigError(MilesError):
     """A run file, profile or flag is wrong. `problems` holds every mistake found in one pass."""

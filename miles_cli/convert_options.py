@@ -116,7 +116,7 @@ def _problems(options: Options) -> Iterator[MilesError]:
         yield MilesError(
             "nothing to convert: neither a format nor MTP layers are asked for",
             where="--to",
-            fix=f"say --to FORMAT ({', '.join(TARGETS)}), --for RUN, or --mtp-num-layers N",
+            fix=f"say --to FORMAT ({', '.join((*TARGETS, *MEGATRON))}), --for RUN, or --mtp-num-layers N",
         )
     quantised = to in QUANTISED
     exceptions = options.layers_at_start or options.layers_at_end or options.kept

@@ -142,9 +142,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"not JSON: {error}", where=str(path)) from error
+        fix = "copy the file again from where the checkpoint came from"
+        raise CheckpointError(f"not JSON: {error}", where=str(path), fix=fix) from error
     if not isinstance(values, dict):
-        raise CheckpointError("not a JSON object", where=str(path))
+        raise CheckpointError("not a JSON object", where=str(path), fix="name the file of a checkpoint")
     return values
 
 

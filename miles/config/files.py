@@ -89,7 +89,7 @@ class _Reader:
             self.report(f"unknown key {name}", name, fix=did_you_mean(near, _SEE_FLAGS))
 
 
-_SEE_FLAGS = "docs/reference/flags.md lists every key"
+_SEE_FLAGS = "`miles train --list-flags` lists them"
 
 
 def read_file(path: Path, label: str, kind: OriginKind, text: str | None = None) -> ConfigFile:

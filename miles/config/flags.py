@@ -95,7 +95,7 @@ class _Parser:
         found = find_flag(flag)
         if found is None:
             near = closest_flag(flag)
-            fix = did_you_mean(near, "docs/reference/flags.md lists every flag")
+            fix = did_you_mean(near, "`miles train --list-flags` lists them")
             self.problems.append(MilesError("unknown flag", where=flag, fix=fix))
             self._take_words()
             return None

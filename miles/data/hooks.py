@@ -81,9 +81,17 @@ def hook_place(hook: Hook) -> str:
 
 
 def blame(error: Exception, hook: Hook) -> HookError:
-    """The HookError for an exception that left `hook`: the deepest line in the hook's own file."""
+    """The HookError for an exception that left `hook`: the deepest line in the hook's own file.
+
+    An exception that never entered it is about how it is called: the place is then its definition.
+    """
     code = getattr(inspect.unwrap(hook), "__code__", None)
-    return _blame(error, f"the user function {hook_name(hook)} failed", code.co_filename if code else None)
+    own_file = code.co_filename if code else None
+    what = f"the user function {hook_name(hook)} failed"
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, TypeError) and own_file is not None and frames[-1].filename == __file__:
+        return HookError(what, where=hook_place(hook), why=f"it cannot be called so: {error}")
+    return _blame(error, what, own_file)
 
 
 def _blame(error: Exception, what: str, own_file: str | None) -> HookError:

@@ -121,11 +121,18 @@ class PromptSource:
         self.held = sorted([*self.held, *groups], key=lambda group: group[0].group_index or 0)
 
     def prompts(self) -> Iterator[Prompt]:
-        """Every usable prompt once, in file order, without moving the stream: what an evaluation reads."""
+        """Every usable prompt once, in file order, without moving the stream: what an evaluation reads.
+
+        Raises DataError at the end when there was none.
+        """
+        found = False
         for index in self._indices:
             prompt = self._prompt(index)
             if prompt is not None:
+                found = True
                 yield prompt
+        if not found:
+            raise self._nothing_usable("no prompt of the file can be used")
 
     def state(self) -> dict[str, Any]:
         """The cursor and what it belongs to, and the lengths seen, as JSON-able values."""
@@ -229,7 +236,8 @@ class PromptSource:
             what,
             where=str(self.path),
             why=_listing(self.problems),
-            fix="check --input-key, --label-key, --apply-chat-template and --rollout-max-prompt-len",
+            fix="check --input-key, --label-key, --apply-chat-template, --rollout-max-prompt-len and "
+            "--eval-max-prompt-len",
         )
 
 

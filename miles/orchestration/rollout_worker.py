@@ -183,8 +183,8 @@ def _with_reward(groups: list[Group]) -> list[Sample]:
     if not judged:
         raise RunError(
             "no sample of the step has a reward",
-            why="the reward function gave none for any of them",
-            fix="look at the samples of this step (miles runs show) and at the reward function",
+            why="the reward function gave None or NaN for every one of them",
+            fix="print in it what it is given and what it returns",
         )
     return judged
 

@@ -188,7 +188,7 @@ def _wanted(key: str | None) -> list[FieldInfo]:
         named = [field for field in fields() if key in (field.name, field.section)]
         found, near = [exact] if exact else named, closest_key(key) or closest_section(key)
     if not found:
-        fix = did_you_mean(near, "docs/reference/flags.md lists every key")
+        fix = did_you_mean(near, "`miles train --list-flags` lists them")
         raise ConfigError(MilesError(f"there is no setting {key!r}", fix=fix))
     return found
 

@@ -28,7 +28,7 @@ def look_at_columns(path: str) -> Columns:
         data_path = parse_data_path(path)
         rows = open_rows(data_path.path)
     except DataError as error:
-        return Columns(path, problem=str(error))
+        return Columns(path, problem=error.in_one_line)
     selected = data_path.indices(len(rows))
     first = [row for _, row in islice(iterate(rows, selected), FIRST_ROWS) if not isinstance(row, BadJson)]
     if not first:
@@ -66,7 +66,7 @@ def look_at_data(
             first=MEASURED_ROWS,
         )
     except DataError as error:
-        return DataLook(path, problem=str(error))
+        return DataLook(path, problem=error.in_one_line)
     return _summed_up(path, found, tokenizer)
 
 

@@ -45,7 +45,7 @@ def try_reward(config: RunConfig, data: DataLook | None) -> RewardTrial:
         )
         report = asyncio.run(scorer.score(samples))
     except MilesError as error:
-        return RewardTrial(False, (str(error),))
+        return RewardTrial(False, (error.in_one_line,))
     exact = not reward.custom_rm_path
     verdicts = [
         _verdict(label, report.rewards[2 * i], report.rewards[2 * i + 1], exact)

@@ -125,7 +125,8 @@ class Session:
             for question in interview.unused
         ]
         if interview.missing:
-            problems.append(_unanswered(list(interview.missing), interview, "it cannot be guessed"))
+            unanswered = _unanswered(list(interview.missing), interview, "it cannot be guessed")
+            problems += list(_unreadable(interview)) or [unanswered]
         if problems:
             raise ConfigError(*problems)
 
@@ -140,9 +141,8 @@ class Session:
             raise ConfigError(
                 MilesError(
                     "the reward does not tell an expected answer from an empty one",
-                    where="; ".join(trial.lines),
-                    why="a policy cannot learn from a reward that right answers do not get",
-                    fix="check --rm-type and --label-key, or write the file all the same: --write-anyway",
+                    why="; ".join(trial.lines),
+                    fix="check the reward and --label-key, or write the file all the same: --write-anyway",
                 )
             )
 
@@ -186,6 +186,17 @@ def _usage(what: str, where: str, fix: str) -> ConfigError:
     return ConfigError(MilesError(what, where=where, fix=fix))
 
 
+def _unreadable(interview: Interview) -> Iterator[MilesError]:
+    """What was named and cannot be read: nothing can be suggested from it."""
+    scene = interview.scene
+    if scene.checkpoint is not None and scene.checkpoint.facts.state == "missing":
+        told = f"{scene.checkpoint.facts.name} {scene.checkpoint.facts.problem}"
+        yield MilesError(told, where="--hf-checkpoint", fix="name a directory with config.json and weights")
+    if scene.columns is not None and scene.columns.problem:
+        fix = "name a JSONL or Parquet file of prompts"
+        yield MilesError(scene.columns.problem, where="--prompt-data", fix=fix)
+
+
 def _unanswered(questions: list[Question], interview: Interview, why: str) -> MilesError:
     """One message that names every flag that is missing."""
     flags = " ".join(question.flag for question in questions)
@@ -193,7 +204,7 @@ def _unanswered(questions: list[Question], interview: Interview, why: str) -> Mi
     lines = [f"{question.flag}: {question.help}" for question in interview.missing]
     columns = interview.scene.columns
     if columns is not None and any(question.id.endswith("_key") for question in interview.missing):
-        lines.append(columns.problem or f"the columns of {columns.path} are {', '.join(columns.names)}")
+        lines.append(f"the columns of {columns.path} are {', '.join(columns.names)}")
     return MilesError(
         f"answers are missing: {flags}",
         why="; ".join([why, *lines]),

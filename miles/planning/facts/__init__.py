@@ -13,6 +13,7 @@ from miles.planning.facts.cluster import ClusterFacts, job_server, read_cluster
 from miles.planning.facts.data import DataFacts, DataRequest, prompt_format, read_data
 from miles.planning.facts.draft import DraftFacts, read_draft_facts
 from miles.planning.facts.files import MissingPath, missing_paths
+from miles.planning.facts.hooks import BrokenHook, broken_hooks
 from miles.planning.facts.machine import Gpu, MachineFacts, read_machine
 from miles.planning.facts.ports import taken_ports
 from miles.planning.facts.quantisation import Quantisation
@@ -42,6 +43,7 @@ class Facts:
     prompts: DataFacts | None
     evals: tuple[DataFacts, ...]
     missing: tuple[MissingPath, ...] = ()
+    broken_hooks: tuple[BrokenHook, ...] = ()
     """Other files and directories that the run file names and that are not there."""
     cluster: ClusterFacts | None = None
     """The cluster that the run is to be submitted to."""
@@ -98,6 +100,7 @@ def collect_facts(config: RunConfig, in_cluster: bool = False, assume: Hardware 
         prompts=prompts,
         evals=tuple(read_data(request) for request in requests),
         missing=missing_paths(config),
+        broken_hooks=broken_hooks(config),
         cluster=cluster,
         draft=read_draft_facts(config.sglang.speculative_draft_model_path, checkpoint.spec),
         taken_ports=() if assume is not None else taken_ports(config),

@@ -27,7 +27,7 @@ State = Literal["unset", "missing", "directory", "builtin"]
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """A checkpoint as preflight sees it; each `…_problem` is the message of an error met on the way.
+    """A checkpoint as preflight sees it; each `…_problem` is an error met on the way, in one line.
 
     A built-in model has no weight files: a warm start makes its weights when the run starts.
     """
@@ -110,14 +110,14 @@ def _spec(directory: Path) -> tuple[ArchSpec | None, str]:
     try:
         return load_spec(directory), ""
     except CheckpointError as error:
-        return None, str(error)
+        return None, error.in_one_line
 
 
 def _headers(directory: Path) -> tuple[Mapping[str, TensorEntry], str]:
     try:
         return read_headers(directory), ""
     except CheckpointError as error:
-        return {}, str(error)
+        return {}, error.in_one_line
 
 
 def _shapes_problem(
@@ -150,7 +150,7 @@ def _tokenizer(directory: Path) -> tuple[CheckpointTokenizer | None, str]:
     try:
         return CheckpointTokenizer(directory), ""
     except CheckpointError as error:
-        return None, str(error)
+        return None, error.in_one_line
 
 
 def _is_mtp(tensor: str, num_layers: int) -> bool:

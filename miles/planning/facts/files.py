@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miles.config import RunConfig
-from miles.config.relations import HOOKS
 from miles.data.tasks import is_builtin
+from miles.planning.facts.hooks import hook_files
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,8 @@ def _named(config: RunConfig) -> Iterator[MissingPath]:
             yield MissingPath(setting, checkpoint, "a directory")
     if template is not None:
         yield MissingPath("data.chat_template_path", template, "a file")
-    for setting in HOOKS:
-        section, _, name = setting.partition(".")
-        hook = getattr(getattr(config, section), name)
-        if hook is not None and ".py:" in hook:
-            yield MissingPath(setting, hook.rpartition(":")[0], "a file")
+    for setting, place, _ in hook_files(config):
+        yield MissingPath(setting, place, "a file")
 
 
 def _there(named: MissingPath) -> bool:

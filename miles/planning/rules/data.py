@@ -48,9 +48,10 @@ def _similar(data: DataFacts) -> str:
 def data_unreadable(subject: Subject) -> Iterator[Found]:
     for data in _all(subject):
         if data.exists and data.problem:
-            yield Found(f"{data.path}: {data.problem}", data.setting)
+            look = f"look at the rows: miles data show {data.path}"
+            yield Found(f"{data.path}: {data.problem}", data.setting, look)
         elif data.exists and data.num_rows == 0:
-            yield Found(f"{data.path} has no rows", data.setting)
+            yield Found(f"{data.path} has no rows", data.setting, "name a file with prompts")
 
 
 @rule(
@@ -168,6 +169,19 @@ def path_missing(subject: Subject) -> Iterator[Found]:
 
 
 @rule(
+    "FIL2",
+    Severity.ERROR,
+    title="a function of yours is not in its file",
+    cause="the run would end when it calls it, after the work that comes before",
+    fix="mend the file",
+    local=True,
+)
+def hook_missing(subject: Subject) -> Iterator[Found]:
+    for broken in subject.facts.broken_hooks:
+        yield Found(broken.what, broken.setting, broken.fix)
+
+
+@rule(
     "CTX1",
     Severity.ERROR,
     title="the longest sequence does not fit the model's positions",
@@ -191,7 +205,14 @@ def context_too_long(subject: Subject) -> Iterator[Found]:
             yield Found(
                 f"{prompt} prompt + {rollout.rollout_max_response_len} response tokens > {limit} positions",
                 "rollout.rollout_max_response_len",
+                _room_for_prompts(limit - rollout.rollout_max_response_len),
             )
+
+
+def _room_for_prompts(room: int) -> str:
+    if room < 1:
+        return ""
+    return f"lower --rollout-max-response-len, or leave longer prompts out: --rollout-max-prompt-len {room}"
 
 
 @rule(
@@ -240,12 +261,36 @@ def prompts_too_long(subject: Subject) -> Iterator[Found]:
     if limit is None or prompts is None:
         return
     longer = sum(length > limit for length in prompts.prompt_tokens)
-    if longer:
+    if 0 < longer < len(prompts.prompt_tokens):
         yield Found(
             f"{longer} of {len(prompts.prompt_tokens)} sampled prompts have more than {limit} tokens "
             f"(the longest: {max(prompts.prompt_tokens)})",
             "rollout.rollout_max_prompt_len",
         )
+
+
+@rule(
+    "CTX5",
+    Severity.ERROR,
+    title="every prompt is longer than the limit",
+    cause="prompts above the limit are left out, and then there is nothing to sample",
+    fix="raise --rollout-max-prompt-len",
+)
+def no_prompt_fits(subject: Subject) -> Iterator[Found]:
+    training, held_out = "rollout.rollout_max_prompt_len", "eval.eval_max_prompt_len"
+    limit = subject.config.rollout.rollout_max_prompt_len
+    eval_limit = subject.config.eval.eval_max_prompt_len
+    for data in _all(subject):
+        own = eval_limit is not None and data is not subject.facts.prompts
+        most = eval_limit if own else limit
+        shortest = min(data.prompt_tokens, default=0)
+        if most is not None and shortest > most:
+            yield Found(
+                f"{data.path}: the shortest of {len(data.prompt_tokens)} sampled prompts has {shortest} "
+                f"tokens, the limit is {most}",
+                held_out if own else training,
+                "raise --eval-max-prompt-len" if own else "",
+            )
 
 
 @rule(

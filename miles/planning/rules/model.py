@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 
 from miles.planning.findings import Found, Severity
@@ -28,7 +29,18 @@ def checkpoint_missing(subject: Subject) -> Iterator[Found]:
     if checkpoint.state == "unset":
         yield Found("hf_checkpoint is not set", SETTING)
     elif checkpoint.state == "missing":
-        yield Found(f"{checkpoint.name} {checkpoint.problem}", SETTING)
+        yield Found(f"{checkpoint.name} {checkpoint.problem}", SETTING, _from_hub(checkpoint.name))
+
+
+def _from_hub(name: str) -> str:
+    """What to type for a name of the Hugging Face hub; no run downloads weights by itself."""
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is None:
+        return ""
+    directory = name.partition("/")[2]
+    return (
+        f"a model of the Hugging Face hub is downloaded first: hf download {name} --local-dir {directory}, "
+        f"then --hf-checkpoint {directory}"
+    )
 
 
 @rule(
@@ -36,7 +48,7 @@ def checkpoint_missing(subject: Subject) -> Iterator[Found]:
     Severity.ERROR,
     title="config.json cannot be used",
     cause="the architecture is read from config.json; nothing else says what the model is",
-    fix="pick a checkpoint of a supported family, or mend its config.json",
+    fix="name the directory of a checkpoint of a supported family, or mend its config.json",
 )
 def config_unusable(subject: Subject) -> Iterator[Found]:
     checkpoint = subject.facts.checkpoint

@@ -52,7 +52,7 @@ def test_all_mistakes_of_a_file_in_one_pass(miles: Miles, tmp_path: Path) -> Non
 
 def test_unknown_flag(miles: Miles) -> None:
     message = refused(miles(*GOOD, "--learning-rate", "1"), ExitCode.USAGE)
-    assert "--learning-rate" in message
+    assert "--learning-rate" in message and "miles train --list-flags" in message
 
 
 def test_missing_run_file(miles: Miles) -> None:

@@ -105,7 +105,7 @@ def test_a_reward_that_fails_on_the_data_is_not_written(miles: Miles, tmp_path: 
     (tmp_path / "flat.py").write_text("def reward(args, sample):\n    return 1.0\n")
     words = ("init", "--yes", "--prompt-data", "own.jsonl", "--custom-rm-path", "flat.py:reward")
     done = miles(*words)
-    assert done.returncode == 2 and "scores 1, no answer 1" in done.stderr
+    assert done.returncode == 2 and "  why: '03' scores 1, no answer 1" in done.stderr
     assert not (tmp_path / "run.toml").exists()
     assert miles(*words, "--no-reward-test").returncode == 0
 
@@ -118,6 +118,11 @@ def test_a_reward_that_fails_on_the_data_is_not_written(miles: Miles, tmp_path: 
         (("--num-rollout", "0"), "--num-rollout"),
         (("--hold-out", "5"), "no effect"),
         (("--hf-checkpoint", "nowhere", "--prompt-data", "builtin:sort/train"), "nowhere is not a directory"),
+        (
+            ("--hf-checkpoint", "nowhere", "--prompt-data", "no.jsonl"),
+            "--hf-checkpoint: nowhere is not a dir",
+        ),
+        (("--prompt-data", "no.jsonl"), "--prompt-data: no.jsonl: no such prompt file"),
     ],
 )
 def test_mistakes_are_named_with_a_way_out(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from miles.data.hooks import HookError, call_hook, load_hook
+from miles.data.hooks import HookError, call_hook, call_sync, load_hook
 
 FILE = """
 import helper_beside_it
@@ -87,3 +87,12 @@ def test_a_module_that_fails_to_import_names_the_line(tmp_path: Path) -> None:
     with pytest.raises(HookError, match="does not parse") as error:
         load_hook(f"{broken}:f", "--hook")
     assert error.value.where == f"{broken}:1"
+
+
+def test_a_hook_that_cannot_be_called_so_is_named_by_its_definition(hook_file: Path) -> None:
+    hook = load_hook(f"{hook_file}:double", "--hook")
+    for call in (lambda: asyncio.run(call_hook(hook, 1, 2)), lambda: call_sync(hook, 1, 2)):
+        with pytest.raises(HookError) as error:
+            call()
+        assert error.value.where == f"{hook_file}:{FILE.splitlines().index('def double(x):') + 1}"
+        assert "it cannot be called so: double() takes 1 positional argument but 2" in error.value.why

@@ -157,6 +157,8 @@ def test_a_limit_that_no_prompt_meets_ends_the_search(tmp_path: Path, checkpoint
     with pytest.raises(DataError, match="no prompt of a whole epoch") as error:
         stream.next_groups(1)
     assert "--rollout-max-prompt-len" in error.value.fix
+    with pytest.raises(DataError, match="no prompt of the file can be used"):
+        list(stream.prompts())
 
 
 def test_slices_select_rows(tmp_path: Path, checkpoint: Path) -> None:

@@ -12,9 +12,10 @@ from safetensors.numpy import save_file
 from miles.arch import published_tensors, spec_from_hf_config
 from miles.config import parse_flags, resolve
 from miles.data.tasks import sort
-from miles.planning import Facts, collect_facts
+from miles.planning import Facts, collect_facts, preflight
 from miles.planning.facts.checkpoint import read_checkpoint
 from miles.planning.facts.files import missing_paths
+from miles.planning.facts.hooks import broken_hooks
 from miles.planning.facts.machine import read_machine
 
 
@@ -164,3 +165,43 @@ def test_missing_hooks_and_teachers_are_named(tmp_path: Path) -> None:
         "distillation.opd_teacher_load",
         "rollout.rollout_sample_filter_path",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "fix"),
+    [
+        ("def judge(a, s):\n    return 1.0\n", "has no 'judg'; it has judge", "mine.py:judge"),
+        ("def judg(a, s) return", ":1 does not parse: expected ':'", ""),
+        ("judg = other\n", None, ""),
+        ("if True:\n    from rewards import judg\n", None, ""),
+        ("from rewards import *\n", None, ""),
+    ],
+)
+def test_a_hook_is_looked_for_in_its_file_without_running_it(
+    text: str, said: str | None, fix: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    config = resolve(flags=parse_flags(["--custom-rm-path", f"{tmp_path}/mine.py:judg"])).config
+    found = broken_hooks(config)
+    if said is None:
+        assert found == ()
+    else:
+        assert said in found[0].what and fix in found[0].fix and found[0].setting == "reward.custom_rm_path"
+
+
+def test_a_problem_of_a_checkpoint_is_one_line_and_the_rule_has_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    facts, _ = read_checkpoint(str(tmp_path))
+    for problem in (facts.spec_problem, facts.weights_problem, facts.tokenizer_problem):
+        assert problem and "\n" not in problem and "fix:" not in problem
+
+
+def test_a_name_of_the_hub_is_told_how_to_come_here() -> None:
+    for name, fix in (
+        ("Qwen/Qwen3-0.6B", "hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"),
+        ("./modl", ""),
+    ):
+        resolved = resolve(flags=parse_flags(["--hf-checkpoint", name]))
+        (found,) = (f for f in preflight(resolved, collect_facts(resolved.config)) if f.rule == "MOD1")
+        assert fix in found.fix
+        assert bool(fix) == ("hf download" in found.fix)

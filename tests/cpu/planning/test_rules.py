@@ -19,6 +19,7 @@ from miles.planning.facts.compiler import CompilerFacts
 from miles.planning.facts.data import DataFacts
 from miles.planning.facts.draft import DraftFacts
 from miles.planning.facts.files import MissingPath
+from miles.planning.facts.hooks import BrokenHook
 from miles.planning.facts.machine import Gpu
 from miles.planning.facts.quantisation import Quantisation
 from miles.planning.facts.server import ServerFacts
@@ -241,6 +242,10 @@ CASES: dict[str, tuple[Case, Case]] = {
         Case(facts=lambda facts: replace(facts, missing=(MissingPath("model.load", "/x", "a directory"),))),
         Case(),
     ),
+    "FIL2": (
+        Case(facts=lambda facts: replace(facts, broken_hooks=(BrokenHook("reward.custom_rm_path", "x"),))),
+        Case(),
+    ),
     "CTX1": (
         # 40 prompt tokens and 217 response tokens are one more than the model's 256 positions.
         Case("--rollout-max-response-len 217"),
@@ -249,6 +254,7 @@ CASES: dict[str, tuple[Case, Case]] = {
     "CTX2": (Case(without="--rollout-max-response-len"), Case()),
     "CTX3": (Case("--rollout-max-context-len 103"), Case("--rollout-max-context-len 104")),
     "CTX4": (Case("--rollout-max-prompt-len 39"), Case("--rollout-max-prompt-len 40")),
+    "CTX5": (Case("--rollout-max-prompt-len 19"), Case("--rollout-max-prompt-len 20")),
     "REW1": (Case(without="--rm-type"), Case("--loss-type sft_loss", without="--rm-type")),
     "REW2": (Case(without="--label-key"), Case("--custom-rm-path my.reward", without="--label-key")),
     "REW3": (
