@@ -39,6 +39,7 @@ from miles.models.prefix_attention import PrefixAttention
 from miles.models.routing import GATING, Gating
 from miles.models.row_blocks import RowBlocks, blocked_linear
 from miles.models.row_search import Matrices
+from miles.models.segment_attention import pays_in_segments
 from miles.models.tree_attention import ExactChainAttention, ExactTreeAttention, TreeAttention, TreeNodes
 
 
@@ -92,6 +93,11 @@ class Numerics(Protocol):
 
     def expert_kernels(self, gate_up: Tensor, down: Tensor) -> experts.ExpertKernels:
         """How experts gate_up [E, 2I, D], down [E, D, I] are computed."""
+        ...
+
+    def takes_segments(self, cu_seqlens: Tensor, prompt_of: Tensor | None = None) -> bool:
+        """Whether a trainer's plain attention is computed by `segment_attention.SegmentAttention` of these
+        arguments, instead of `packed_attention` or `prefix_attention`."""
         ...
 
     def packed_attention(
@@ -181,6 +187,9 @@ class FastNumerics:
 
     def log_softmax(self, logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         return scaled_log_softmax(logits, temperature)
+
+    def takes_segments(self, cu_seqlens: Tensor, prompt_of: Tensor | None = None) -> bool:
+        return pays_in_segments(cu_seqlens)
 
     def packed_attention(
         self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None
@@ -283,6 +292,9 @@ class ExactNumerics:
 
     def log_softmax(self, logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         return scaled_log_softmax(logits, temperature)
+
+    def takes_segments(self, cu_seqlens: Tensor, prompt_of: Tensor | None = None) -> bool:
+        return False
 
     def packed_attention(
         self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None

@@ -29,8 +29,18 @@ than a kernel that takes segments head by head."""
 
 
 def pays_in_segments(cu_seqlens: Tensor) -> bool:
-    """Whether `SegmentAttention` takes these segments, on the device of `cu_seqlens`, and is quickest."""
+    """Whether `SegmentAttention` takes these segments, on the device of `cu_seqlens`, and is the quickest
+    that torch has."""
     return cu_seqlens.device.type == "cpu" and int(cu_seqlens.diff().max()) > SHORT
+
+
+def most_visible(cu_seqlens: Tensor, prompt_of: Tensor | None) -> int:
+    """Tokens that some token sees, itself included; arguments as those of `SegmentAttention`."""
+    lengths = cu_seqlens.diff()
+    if prompt_of is not None and len(prompt_of):
+        lengths = lengths.clone()
+        lengths[-len(prompt_of) :] += lengths[prompt_of]
+    return int(lengths.max())
 
 
 class SegmentAttention:

@@ -12,13 +12,14 @@ from torch import Tensor
 from miles.arch.spec import AttentionSpec
 from miles.models.attention import Attention
 from miles.models.compiled.library import Heads, Library, addresses, plain
-from miles.models.segment_attention import SegmentAttention
+from miles.models.segment_attention import SegmentAttention, most_visible, pays_in_segments
 from miles.models.sparse_attention import SparseAttention
 
 HEAD_STEP = 16
 """Head widths that are whole vectors on every machine."""
-MOST_VISIBLE = 384
-"""Tokens; gradients of longer sequences are quicker in torch's blocked kernel."""
+MOST_VISIBLE = 96
+"""Visible tokens; gradients of longer sequences are quicker in torch's blocked kernel, measured as `LONGEST`
+of `numerics`."""
 
 
 class CompiledAttention:
@@ -41,7 +42,8 @@ class CompiledAttention:
         return self._in_torch()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-        return self._torch.attend(layer, q, k, v, spec)
+        in_blocks = spec.is_plain and pays_in_segments(self._starts)
+        return (self._blocks if in_blocks else self._torch).attend(layer, q, k, v, spec)
 
     def attend_sparse(
         self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec
@@ -109,7 +111,7 @@ class CompiledAttention:
         self, described: Heads, grad: Tensor, tensors: tuple[Tensor, ...], out: list[Tensor]
     ) -> None:
         """Gradients of heads and of both norms into `out`; `tensors`: heads and what `forward` gave."""
-        if self._most_visible > MOST_VISIBLE:
+        if most_visible(self._starts, self._continued) > MOST_VISIBLE:
             self._backward_in_blocks(described, grad, tensors, out)
         else:
             self._library.attention_backward(described, *addresses(grad, *tensors, *out))
@@ -130,16 +132,15 @@ class CompiledAttention:
         self._library.heads_backward(described, *addresses(grad_turned, heads, rstd, *out))
 
     @cached_property
-    def _blocks(self) -> SegmentAttention:
-        continuing = self._prompts[self._prompts >= 0]
-        return SegmentAttention(self._starts.numpy(), continuing.numpy() if len(continuing) else None)
+    def _continued(self) -> Tensor | None:
+        """The prompts of the last segments, as `SegmentAttention` takes them."""
+        continued = self._prompts[self._prompts >= 0]
+        return continued if len(continued) else None
 
     @cached_property
-    def _most_visible(self) -> int:
-        """Tokens that the last token of a segment sees."""
-        lengths = self._starts.diff()
-        before = torch.where(self._prompts >= 0, lengths[self._prompts], 0)
-        return int((lengths + before).max())
+    def _blocks(self) -> SegmentAttention:
+        continued = self._continued
+        return SegmentAttention(self._starts.numpy(), None if continued is None else continued.numpy())
 
 
 class _Attention(torch.autograd.Function):

@@ -14,7 +14,7 @@ from miles import environment
 from miles.errors import MilesError
 
 HERE = Path(__file__).parent
-FLAGS = (
+FLAGS: tuple[str, ...] = (
     *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
     *("-fopenmp-simd", "-fPIC", "-shared"),
 )

@@ -68,6 +68,9 @@ class CompiledExactNumerics(CompiledNumerics):
     def expert_kernels(self, gate_up: Tensor, down: Tensor) -> ExpertKernels:
         return self._experts
 
+    def takes_segments(self, cu_seqlens: Tensor, prompt_of: Tensor | None = None) -> bool:
+        return False
+
     def packed_attention(
         self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None
     ) -> CompiledAttention:

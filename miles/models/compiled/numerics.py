@@ -14,9 +14,11 @@ from miles.models.compiled.library import Library, plain
 from miles.models.experts import ExpertKernels
 from miles.models.kv_cache import KVCache
 from miles.models.numerics import FastNumerics
+from miles.models.segment_attention import most_visible
 
-LONGEST = 128
-"""Tokens; attention within longer sequences is quicker in torch's blocked kernel."""
+LONGEST = 1024
+"""Visible tokens. Up to here a pass takes 0.5 to 1.0 of its time in torch's blocked kernel, for heads of 16
+to 128; beyond, torch catches up, with AVX2 sooner than with AVX-512 (`benchmarks/attention.py`)."""
 
 
 class CompiledNumerics(FastNumerics):
@@ -36,10 +38,15 @@ class CompiledNumerics(FastNumerics):
             return self._experts
         return super().expert_kernels(gate_up, down)
 
+    def takes_segments(self, cu_seqlens: Tensor, prompt_of: Tensor | None = None) -> bool:
+        too_long = most_visible(cu_seqlens, prompt_of) > LONGEST
+        return too_long and super().takes_segments(cu_seqlens, prompt_of)
+
     def packed_attention(
         self, cu_seqlens: Tensor, cache: KVCache | None = None, slots: Tensor | None = None
     ) -> Attention:
-        if cache is not None or cu_seqlens.device.type != "cpu" or int(cu_seqlens.diff().max()) > LONGEST:
+        on_cpu = cu_seqlens.device.type == "cpu"
+        if cache is not None or not on_cpu or most_visible(cu_seqlens, None) > LONGEST:
             return super().packed_attention(cu_seqlens, cache, slots)
         return self._in_segments(cu_seqlens)
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from miles.models.attention import Attention
 from miles.models.decoder import Decoder
 from miles.models.logprob import token_log_probs
-from miles.models.numerics import FAST
 from miles.models.routing import Router
 from miles.models.routing_stats import PassRoutes
-from miles.models.segment_attention import SegmentAttention, pays_in_segments
+from miles.models.segment_attention import SegmentAttention
 from miles.training.native.micro_batches import MicroBatch
 
 
@@ -92,7 +91,6 @@ def forward(
 def _attention(decoder: Decoder, micro_batch: MicroBatch) -> Attention:
     if micro_batch.shared is not None:
         return micro_batch.shared.attention(decoder.numerics, micro_batch.tokens_T.device)
-    plain = decoder.spec.has_plain_attention
-    if plain and decoder.numerics.name == FAST.name and pays_in_segments(micro_batch.cu_seqlens_N1):
+    if decoder.spec.has_plain_attention and decoder.numerics.takes_segments(micro_batch.cu_seqlens_N1):
         return SegmentAttention(micro_batch.cu_seqlens_N1.numpy())
     return decoder.numerics.packed_attention(micro_batch.cu_seqlens_N1)

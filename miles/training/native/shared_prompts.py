@@ -15,8 +15,8 @@ import torch
 from miles.data.batch import TrainBatch
 from miles.models.attention import EXPLICIT_MAX_LEN, Attention
 from miles.models.decoder import Decoder
-from miles.models.numerics import FAST, Numerics
-from miles.models.segment_attention import SegmentAttention, pays_in_segments
+from miles.models.numerics import Numerics
+from miles.models.segment_attention import SegmentAttention
 from miles.training.settings import TrainerSettings
 
 
@@ -51,7 +51,9 @@ class SharedPrompts:
     def attention(self, numerics: Numerics, device: torch.device) -> Attention:
         """The attention of this layout."""
         cu_seqlens = np.r_[self.prompt_cu_seqlens, self.own_cu_seqlens[1:] + self.prompt_cu_seqlens[-1]]
-        if numerics.name == FAST.name and pays_in_segments(torch.from_numpy(cu_seqlens).to(device)):
+        if numerics.takes_segments(
+            torch.from_numpy(cu_seqlens).to(device), torch.from_numpy(self.prompt_of_own)
+        ):
             return SegmentAttention(cu_seqlens, self.prompt_of_own)
         offsets = (self.prompt_cu_seqlens, self.own_cu_seqlens, self.prompt_of_own)
         return numerics.prefix_attention(*(torch.from_numpy(array).to(device) for array in offsets))

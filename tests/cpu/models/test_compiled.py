@@ -13,12 +13,14 @@ from torch import Tensor
 from miles.arch.spec import AttentionSpec, RopeSpec
 from miles.models.attention import PackedAttention
 from miles.models.compiled import build
-from miles.models.compiled.attention import CompiledAttention
+from miles.models.compiled.attention import MOST_VISIBLE, CompiledAttention
+from miles.models.compiled.exact import CompiledExactNumerics
 from miles.models.compiled.library import Library
 from miles.models.compiled.numerics import LONGEST, CompiledNumerics
 from miles.models.decoder import AttentionBlock
 from miles.models.experts import routed_experts
-from miles.models.numerics import FAST, Numerics
+from miles.models.numerics import FAST, ExactNumerics, Numerics
+from miles.models.segment_attention import SHORT
 from miles.planning.facts.compiler import read_compiler
 
 COMPILER = read_compiler()
@@ -86,26 +88,51 @@ def test_attention(
     queries, keys, width, rotated = heads
     rope = RopeSpec(1e4, width=rotated)
     spec = AttentionSpec(queries, keys, width, rope, True, False, norm is not None, norm or "head")  # type: ignore[arg-type]
+    assert_attends_alike(
+        compiled, spec, [12, 1, 9, 17], [5, 7, 1, 3, 9, 12, 4], [0, 0, 1, 2, 2, 3, 3] if shared else None
+    )
+
+
+def assert_attends_alike(
+    compiled: Numerics, spec: AttentionSpec, prompts: list[int], own: list[int], prompt_of: list[int] | None
+) -> None:
+    """A block over prompts and what continues them (None: over sequences of these lengths) as in torch."""
     block = AttentionBlock(spec, 40, 1e-6, torch.float32)
     names = [name for name, _ in block.named_parameters()]
     weights = [numbers(*p.shape, seed=i) / 4 for i, p in enumerate(block.parameters(), 1)]
-    prompts, own, prompt_of_own = [12, 1, 9, 17], [5, 7, 1, 3, 9, 12, 4], torch.tensor([0, 0, 1, 2, 2, 3, 3])
+    before = [0] * len(own) if prompt_of is None else [prompts[i] for i in prompt_of]
     positions = [torch.arange(n) for n in prompts]
-    for length, prompt in zip(own, prompt_of_own.tolist(), strict=True):
-        positions.append(torch.arange(length) + (prompts[prompt] if shared else 0))
+    positions += [torch.arange(start, start + n) for start, n in zip(before, own, strict=True)]
     flat = torch.cat(positions)
 
     def attended(numerics: Numerics, x: Tensor, *weights: Tensor) -> Tensor:
         block.numerics = numerics
-        if shared:
-            attention = numerics.prefix_attention(offsets(prompts), offsets(own), prompt_of_own)
+        if prompt_of is not None:
+            attention = numerics.prefix_attention(offsets(prompts), offsets(own), torch.tensor(prompt_of))
         else:
             attention = numerics.packed_attention(offsets([*prompts, *own]))
-        given = (x, numerics.rotations(spec, 64, flat), attention, 0)
+        given = (x, numerics.rotations(spec, int(flat.max()) + 1, flat), attention, 0)
         found: Tensor = torch.func.functional_call(block, dict(zip(names, weights, strict=True)), given)
         return found
 
     assert_alike(attended, compiled, [numbers(len(flat), 40), *weights])
+
+
+BOUNDS = (SHORT, MOST_VISIBLE, LONGEST)
+"""Visible tokens up to which torch has all scores at once, backward and forward are compiled."""
+
+
+@pytest.mark.parametrize("visible", [n + more for n in BOUNDS for more in (0, 1)])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared prompts", "packed"])
+@pytest.mark.parametrize("rotated", [None, 8], ids=["taken", "left to torch"])
+def test_attention_at_its_bounds(
+    compiled: CompiledNumerics, visible: int, shared: bool, rotated: int | None
+) -> None:
+    spec = AttentionSpec(2, 1, 16, RopeSpec(1e4, width=rotated), True, False)
+    if shared:
+        assert_attends_alike(compiled, spec, [visible - 9, 4], [3, 9, 5], [0, 0, 1])
+    else:
+        assert_attends_alike(compiled, spec, [visible, 7], [], None)
 
 
 def offsets(lengths: list[int]) -> Tensor:
@@ -113,8 +140,21 @@ def offsets(lengths: list[int]) -> Tensor:
 
 
 def test_long_sequences_attend_in_torch(compiled: CompiledNumerics) -> None:
+    """Counted as tokens that are seen: a short response sees its prompt too."""
     assert isinstance(compiled.packed_attention(offsets([LONGEST])), CompiledAttention)
     assert isinstance(compiled.packed_attention(offsets([LONGEST + 1])), PackedAttention)
+    both = torch.tensor([0, 0])
+    for more in (0, 1):
+        assert compiled.takes_segments(offsets([LONGEST + more, 5])) == bool(more)
+        assert compiled.takes_segments(offsets([LONGEST - 7, 7 + more, 4]), both) == bool(more)
+    assert not compiled.takes_segments(offsets([SHORT]))
+
+
+def test_only_fast_numerics_may_leave_their_order_to_torch(compiled: CompiledNumerics) -> None:
+    long = offsets([LONGEST + 1])
+    assert FAST.takes_segments(offsets([SHORT + 1])) and not FAST.takes_segments(offsets([SHORT]))
+    assert not CompiledExactNumerics(compiled._library).takes_segments(long)
+    assert not ExactNumerics({}, 1, 1).takes_segments(long)
 
 
 def test_a_gradient_that_is_not_a_number_stays_one(compiled: CompiledNumerics) -> None:
