@@ -436,6 +436,8 @@ class ArchSpec:
     other_parts: tuple[str, ...] = ()
     """How names of tensors begin that belong to no part of the decoder (a vision tower): they are carried
     along as they are."""
+    value_head: bool = False
+    """A head of one row in place of the language model's: a critic. It is never tied."""
 
     @property
     def embedding_name(self) -> str:
@@ -443,9 +445,18 @@ class ArchSpec:
 
     @property
     def head_name(self) -> str:
-        """`lm_head` stands beside the module `model` that `root` ends in, or on top."""
+        """`lm_head` stands beside the module `model` that `root` ends in, or on top; a critic's head has the
+        name that transformers gives that of a sequence classifier.
+        """
+        if self.value_head:
+            return "score.weight"
         outer, _, last = self.root.rpartition(".")
         return f"{outer}.lm_head.weight" if outer and last == "model" else "lm_head.weight"
+
+    @property
+    def head_rows(self) -> int:
+        """What the head gives for a token: logits, or one value."""
+        return 1 if self.value_head else self.vocab_size
 
     @property
     def mtp_num_layers(self) -> int:
@@ -455,6 +466,11 @@ class ArchSpec:
     def policy(self) -> ArchSpec:
         """The model without its MTP layers."""
         return self if self.mtp is None else replace(self, mtp=None)
+
+    @property
+    def critic(self) -> ArchSpec:
+        """The same decoder with a value head and no MTP layers."""
+        return replace(self, mtp=None, value_head=True, tie_word_embeddings=False)
 
     @property
     def num_layers(self) -> int:
@@ -510,9 +526,9 @@ class ArchSpec:
         )
 
     def _embedding_parameters(self) -> int:
-        tables = 1 if self.tie_word_embeddings else 2
+        rows = self.vocab_size + (0 if self.tie_word_embeddings else self.head_rows)
         streams = self.streams.num_parameters(self.hidden_size, self.num_layers) if self.streams else 0
-        return tables * self.vocab_size * self.hidden_size + self.hidden_size + streams
+        return rows * self.hidden_size + self.hidden_size + streams
 
     def _layer_parameters(self, layer: LayerSpec) -> int:
         return layer.attention.num_parameters(self.hidden_size) + layer.num_norms * self.hidden_size

@@ -128,12 +128,12 @@ def validate_estimator(resolved: ResolvedConfig) -> Iterator[Conflict]:
             "its returns have no scale of their own: they are whitened over the batch",
             "add --normalize-advantages",
         )
-    if algorithm.advantage_estimator == "ppo" and algorithm.kl_coef:
+    if algorithm.advantage_estimator == "ppo" and algorithm.custom_advantage_function_path is not None:
         yield Conflict(
-            (key, "algorithm.kl_coef"),
-            "ppo does not take kl_coef",
-            "the critic would learn the penalty as if it were reward",
-            "use --use-kl-loss --kl-loss-coef",
+            (key, "algorithm.custom_advantage_function_path"),
+            "ppo does not take advantages of your own",
+            "its critic would have no returns to learn from",
+            "leave --advantage-estimator out, or the function",
         )
 
 

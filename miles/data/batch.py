@@ -28,6 +28,8 @@ ROW_FIELDS = (
     "old_log_probs",
     "ref_log_probs",
     "teacher_log_probs",
+    "values",
+    "returns",
     "weight_versions",
 )
 SEQUENCE_FIELDS = ("rewards", "response_lengths", "sample_index", "group_index", "rollout_ids")
@@ -69,6 +71,11 @@ class TrainBatch:
     """float32 [T], log-probs of the targets under the reference model."""
     teacher_log_probs: np.ndarray | None = None
     """float32 [T], log-probs of the targets under the teacher of a distillation."""
+    values: np.ndarray | None = None
+    """float32 [T], a critic's value of the state in which the target is chosen, before this rollout's
+    updates."""
+    returns: np.ndarray | None = None
+    """float32 [T], what the critic is taught."""
     weight_versions: np.ndarray | None = None
     """int64 [T], version of the weights that sampled the target; -1 where not recorded."""
 
@@ -158,6 +165,8 @@ _DTYPES: dict[str, type[np.generic]] = {
     "old_log_probs": np.float32,
     "ref_log_probs": np.float32,
     "teacher_log_probs": np.float32,
+    "values": np.float32,
+    "returns": np.float32,
     "weight_versions": np.int64,
     "rewards": np.float32,
     "response_lengths": np.int32,

@@ -8,6 +8,7 @@ SAMPLING_SETTINGS = frozenset({"sglang.speculative_num_steps"})
 TRAINING_SETTINGS = frozenset(
     {
         "optimizer.lr",
+        "critic.critic_lr",
         "algorithm.kl_loss_coef",
         "algorithm.entropy_coef",
         "correction.tis_clip",

@@ -45,7 +45,6 @@ NOT_EVALUATED = (
 
 FOREIGN_METRICS = {
     "MM13": "train/mis_catastrophic_seq_fraction",
-    "OP9": "train/value_clipfrac",
     "RO9": "rollout/tito_session_mismatch_rate/special_token",
     "SY5": "perf/actor_train_mfu",
     "SY19": "perf/update_weights_density",

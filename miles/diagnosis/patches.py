@@ -60,6 +60,16 @@ def gentler(view: RecordView, factor: float = 3.0) -> tuple[Fix, ...]:
     )
 
 
+def gentler_critic(view: RecordView, factor: float = 3.0) -> tuple[Fix, ...]:
+    """Divide the critic's learning rate, which is the policy's where it has none of its own."""
+    lr = view.setting("critic.critic_lr") or view.setting("optimizer.lr")
+    if not lr:
+        return ()
+    lower = float(f"{lr / factor:.0e}")
+    text = f"lower the critic's learning rate {lr:g} -> {lower:g}"
+    return (change(view, text, "its values follow more slowly", ("critic.critic_lr", lower)),)
+
+
 def tether(view: RecordView) -> tuple[Fix, ...]:
     """Double the pull towards the reference model, or set it up."""
     held, coefficient = view.setting("algorithm.use_kl_loss"), view.setting("algorithm.kl_loss_coef")

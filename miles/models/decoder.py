@@ -204,7 +204,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layer_class(spec, i, dtype) for i in range(spec.num_layers))
         self.streams = None if spec.streams is None else Streams(spec, dtype)
         self.final_norm = nn.Parameter(torch.empty(spec.hidden_size, dtype=dtype))
-        head = torch.empty(0 if spec.tie_word_embeddings else spec.vocab_size, spec.hidden_size, dtype=dtype)
+        head = torch.empty(0 if spec.tie_word_embeddings else spec.head_rows, spec.hidden_size, dtype=dtype)
         self.head = None if spec.tie_word_embeddings else nn.Parameter(head)
 
     def recompute(self, modules: frozenset[RecomputedModule]) -> None:
@@ -221,7 +221,7 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]; the embedding itself when tied."""
+        """[V, D], a critic's [1, D]; the embedding itself when tied."""
         return self.embed if self.head is None else self.head
 
     def forward(

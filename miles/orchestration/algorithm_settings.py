@@ -33,6 +33,7 @@ def algorithm_settings(config: RunConfig, plan: Plan) -> AlgorithmSettings:
         rewards_are_normalized=config.reward.custom_reward_post_process_path is not None,
         normalize_advantages=algorithm.normalize_advantages,
         gamma=algorithm.gamma,
+        lambd=algorithm.lambd,
         kl_coef=algorithm.kl_coef,
         use_kl_loss=algorithm.use_kl_loss,
         use_rollout_logprobs=algorithm.use_rollout_logprobs,

@@ -26,6 +26,7 @@ from miles.models.recompute import RECOMPUTED_MODULES
 from miles.orchestration.algorithm_settings import algorithm_settings
 from miles.orchestration.decode_kernel import train_library
 from miles.orchestration.rollout_worker import EvalSet
+from miles.planning.critic import critic_only_rollouts, trains_critic
 from miles.planning.facts import eval_sets
 from miles.planning.plan import Plan
 from miles.planning.recompute import plan_recompute
@@ -41,6 +42,7 @@ from miles.rollout.sglang.engine import SglangSettings
 from miles.training.megatron.layout import Implementation, MegatronLayout
 from miles.training.megatron.options import MegatronOptions
 from miles.training.settings import (
+    CriticSettings,
     FaultInjection,
     OptimizerSettings,
     ScheduleSettings,
@@ -80,6 +82,7 @@ def trainer_settings(config: RunConfig, plan: Plan, spec: ArchSpec) -> TrainerSe
         non_finite_policy=training.non_finite_policy,
         fault=_fault(config.debug.inject_fault, plan.batch.steps_per_rollout),
         precision=None if plan.precision.training.is_plain else plan.precision,
+        critic=_critic(config, plan) if trains_critic(config) else None,
     )
 
 
@@ -340,11 +343,29 @@ def _prompt_format(config: RunConfig, tokenizer: CheckpointTokenizer) -> PromptF
 
 def _schedule(config: RunConfig, plan: Plan) -> ScheduleSettings:
     optimizer = config.optimizer
+    alone = critic_only_rollouts(config) * plan.batch.steps_per_rollout
     return ScheduleSettings(
         lr_decay_style=optimizer.lr_decay_style,
         lr_warmup_iters=optimizer.lr_warmup_iters,
-        lr_decay_iters=optimizer.lr_decay_iters or plan.optimizer_steps,
+        # In a run of the critic alone nothing reads it.
+        lr_decay_iters=optimizer.lr_decay_iters or max(1, plan.optimizer_steps - alone),
         min_lr=optimizer.min_lr,
+    )
+
+
+def _critic(config: RunConfig, plan: Plan) -> CriticSettings:
+    """Shape and floor of its learning rate are the policy's; it learns from all rollouts."""
+    critic, optimizer = config.critic, config.optimizer
+    return CriticSettings(
+        lr=optimizer.lr if critic.critic_lr is None else critic.critic_lr,
+        schedule=ScheduleSettings(
+            lr_decay_style=optimizer.lr_decay_style,
+            lr_warmup_iters=critic.critic_lr_warmup_iters,
+            lr_decay_iters=optimizer.lr_decay_iters or plan.optimizer_steps,
+            min_lr=optimizer.min_lr,
+        ),
+        value_clip=critic.value_clip,
+        num_critic_only_steps=critic.num_critic_only_steps,
     )
 
 

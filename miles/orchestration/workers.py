@@ -17,6 +17,7 @@ from miles.diagnosis.monitor import Monitor
 from miles.models.allocator import keep_freed_memory
 from miles.orchestration import assemble
 from miles.orchestration.checkpoints import CheckpointStore
+from miles.orchestration.critic_start import start_critic
 from miles.orchestration.decode_kernel import decode_library
 from miles.orchestration.demonstrations import DemonstrationWorker
 from miles.orchestration.driver import Driver, RolloutSide, Schedule, TrainSide
@@ -69,6 +70,8 @@ def build_trainer(job: Job, spec: ArchSpec, parallel: DataParallel | None = None
         trainer.load_weights(read_weights(Path(config.model.load or source.directory), spec))
     else:
         trainer.init_weights(config.run.seed)
+    if settings.critic is not None:
+        start_critic(trainer, config.critic.critic_load)
     if settings.algorithm.needs_reference:
         reference = read_weights(Path(config.model.ref_load or source.directory), spec.policy)
         trainer.load_weights(reference, model="reference")

@@ -21,11 +21,17 @@ class CheckpointPlan:
 
 
 def plan_checkpoints(
-    spec: ArchSpec, dtype: str, num_rollouts: int, save_interval: int | None, keep: int | None
+    spec: ArchSpec,
+    dtype: str,
+    num_rollouts: int,
+    save_interval: int | None,
+    keep: int | None,
+    critic: bool = False,
 ) -> CheckpointPlan:
-    """One more than `keep` lies on disk while the newest is written."""
+    """One more than `keep` lies on disk while the newest is written. `critic`: one lies beside the policy."""
     width = BYTES[dtype]
     per_parameter = width + ADAM_BYTES + (MASTER_BYTES if width < 4 else 0)
     written = 1 if save_interval is None else -(-num_rollouts // save_interval)
     kept = written if keep is None else min(written, keep + 1)
-    return CheckpointPlan(kept, spec.num_parameters() * per_parameter)
+    parameters = spec.num_parameters() + (spec.critic.num_parameters() if critic else 0)
+    return CheckpointPlan(kept, parameters * per_parameter)

@@ -80,6 +80,7 @@ def estimate_memory(
     route_bytes: int = 0,
     packet: bool = False,
     apart: bool = False,
+    critic: bool = False,
 ) -> MemoryPlan:
     """Memory of policy, reference, optimizer, KV cache and one micro-batch in one process, in bytes.
 
@@ -89,7 +90,8 @@ def estimate_memory(
     forward rounds the same weights. `packed`: the decode kernel keeps its own copy. `mtp_parameters`: those
     of the MTP layers in use. `servers`: SGLang servers beside the process. `draft_numbers`: what the cache of
     a draft holds of a token. `route_bytes`: of the routes of one rollout. `packet`: weights travel between
-    processes in a copy of their own. `apart`: the engine keeps weights of older steps.
+    processes in a copy of their own. `apart`: the engine keeps weights of older steps. `critic`: one is
+    trained, whose micro-batches take turns with the policy's.
     """
     parameters, width = spec.num_parameters(), BYTES[dtype]
     copied = apart or (rollout_format is not None and rollout_format != dtype)
@@ -105,6 +107,7 @@ def estimate_memory(
         *([_rounded_weights(stored.quantised, width)] if rounds and stored else []),
         MemoryPart("gradients", parameters * width, f"{parameters:,} × {width} B"),
         _optimizer(parameters, width),
+        *([_critic(spec.critic.num_parameters(), width)] if critic else []),
         *([_mtp_layers(mtp_parameters, width, train_mtp)] if mtp_parameters else []),
         *([_engine_mtp_layers(mtp_parameters, engine_width)] if mtp_parameters and copied else []),
         _kv_cache(spec, engine_width, cached_tokens),
@@ -156,6 +159,12 @@ def _optimizer(parameters: int, width: int) -> MemoryPart:
     per_parameter = ADAM_BYTES + (MASTER_BYTES if width < 4 else 0)
     master = " (moments and fp32 master)" if width < 4 else " (two fp32 moments)"
     return MemoryPart("optimizer", parameters * per_parameter, f"{parameters:,} × {per_parameter} B{master}")
+
+
+def _critic(parameters: int, width: int) -> MemoryPart:
+    each = 2 * width + ADAM_BYTES + (MASTER_BYTES if width < 4 else 0)
+    told = f"{parameters:,} parameters × {each} B (weights, gradients, optimizer)"
+    return MemoryPart("critic", parameters * each, told)
 
 
 def _mtp_layers(parameters: int, width: int, trained: bool) -> MemoryPart:

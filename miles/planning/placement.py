@@ -9,11 +9,10 @@ from miles.config import RunConfig
 
 @dataclass(frozen=True)
 class Placement:
-    """GPUs of the trainer, of the critic and of the engines; under `colocate` engines share the trainer's."""
+    """GPUs of the trainer and of the engines; under `colocate` engines share the trainer's."""
 
     trainer_nodes: int
     trainer_gpus_per_node: int
-    critic_gpus: int
     rollout_gpus: int
     gpus_per_engine: int
     colocate: bool
@@ -29,30 +28,24 @@ class Placement:
     @property
     def total_gpus(self) -> int:
         """GPUs that the run occupies."""
-        training = self.trainer_gpus + self.critic_gpus
+        training = self.trainer_gpus
         return max(training, self.rollout_gpus) if self.colocate else training + self.rollout_gpus
 
     @property
     def arithmetic(self) -> str:
         """`total_gpus` as a sum that a reader can check."""
         trainer = f"{self.trainer_nodes} x {self.trainer_gpus_per_node} for the trainer"
-        critic = f" + {self.critic_gpus} for the critic" if self.critic_gpus else ""
         if self.colocate:
-            return f"{trainer}{critic}, shared with the engines = {self.total_gpus}"
-        return f"{trainer}{critic} + {self.rollout_gpus} for engines = {self.total_gpus}"
+            return f"{trainer}, shared with the engines = {self.total_gpus}"
+        return f"{trainer} + {self.rollout_gpus} for engines = {self.total_gpus}"
 
 
 def plan_placement(config: RunConfig) -> Placement:
     """The placement that a run file asks for; engines without a number of GPUs have none."""
     cluster = config.cluster
-    critic = 0
-    if config.algorithm.advantage_estimator == "ppo":
-        nodes = cluster.critic_num_nodes or cluster.actor_num_nodes
-        critic = nodes * (cluster.critic_num_gpus_per_node or cluster.actor_num_gpus_per_node)
     return Placement(
         trainer_nodes=cluster.actor_num_nodes,
         trainer_gpus_per_node=cluster.actor_num_gpus_per_node,
-        critic_gpus=critic,
         rollout_gpus=cluster.rollout_num_gpus or 0,
         gpus_per_engine=cluster.rollout_num_gpus_per_engine,
         colocate=cluster.colocate,

@@ -71,7 +71,7 @@ def _change(config: RunConfig, setting: str, new: Any, why: str) -> Change:
 def _model(config: RunConfig, directory: str, prompts: str) -> Iterator[Change]:
     made = "a small model of the same family, with random weights"
     yield _change(config, "model.hf_checkpoint", directory, made)
-    for setting in ("model.model_name", "model.load", "model.ref_load"):
+    for setting in ("model.model_name", "model.load", "model.ref_load", "critic.critic_load"):
         yield _change(config, setting, None, made)
     if config.distillation.use_opd:
         yield from _without_teacher(config)

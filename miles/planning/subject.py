@@ -14,6 +14,7 @@ from miles.config import ResolvedConfig, RunConfig, find_key
 from miles.planning.batches import BatchPlan, plan_batches, plan_num_rollouts
 from miles.planning.capabilities import Part, capabilities
 from miles.planning.checkpoints import CheckpointPlan, plan_checkpoints
+from miles.planning.critic import trains_critic
 from miles.planning.decode_kernel import EngineKind, KernelPlan, plan_decode
 from miles.planning.engine_limits import EngineLimits, plan_engine_limits
 from miles.planning.exact_kernels import exact_obstacles
@@ -352,6 +353,7 @@ class Subject:
             route_bytes=self._route_bytes,
             packet=self.executor == "ray" and self.decode is not None,
             apart=self.config.weight_sync.update_weights_interval > 1,
+            critic=trains_critic(self.config),
         )
 
     @property
@@ -394,5 +396,10 @@ class Subject:
             return None
         checkpoint = self.config.checkpoint
         return plan_checkpoints(
-            self.spec, self.dtype, self.num_rollouts, checkpoint.save_interval, checkpoint.keep_checkpoints
+            self.spec,
+            self.dtype,
+            self.num_rollouts,
+            checkpoint.save_interval,
+            checkpoint.keep_checkpoints,
+            trains_critic(self.config),
         )

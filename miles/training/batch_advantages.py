@@ -11,6 +11,7 @@ from miles.algorithms.distillation import advised, reverse_kl
 from miles.algorithms.group_rewards import GroupRewards, choose_baseline, normalize_group_rewards
 from miles.algorithms.kl import approximate_kl
 from miles.algorithms.sequences import Sequences
+from miles.algorithms.value_loss import explained_variance
 from miles.data.batch import TrainBatch
 from miles.errors import DataError
 from miles.training.settings import AlgorithmSettings, CustomAdvantages
@@ -20,7 +21,8 @@ def with_advantages(batch: TrainBatch, settings: AlgorithmSettings) -> tuple[Tra
     """The whole rollout batch with advantages, and metrics of the reward normalisation.
 
     Runs before the batch is split into optimizer steps: groups and whitening span the rollout batch. With a
-    KL penalty in the reward (`kl_coef`), `old_log_probs` and `ref_log_probs` must be there.
+    KL penalty in the reward (`kl_coef`), `old_log_probs` and `ref_log_probs` must be there, with an estimator
+    that reads a critic, `values`; the batch then gets `returns` too.
 
     Raises:
         DataError: a sequence without a reward, or without a group where the estimator has a group baseline.
@@ -38,14 +40,35 @@ def with_advantages(batch: TrainBatch, settings: AlgorithmSettings) -> tuple[Tra
         kl_T=_reward_kl(batch, settings) if estimator.uses_kl_penalty else None,
         kl_coef=settings.kl_coef,
         gamma=settings.gamma,
+        values_T=torch.from_numpy(batch.values) if batch.values is not None else None,
+        lambd=settings.lambd,
     )
-    advantages_T, advice = _advised(batch, estimator.spread(rows), settings)
+    spread_T = estimator.spread(rows)
+    taught, metrics = _lesson(spread_T, rows) if estimator.uses_values else ({}, {})
+    advantages_T, advice = _advised(batch, spread_T, settings)
     if settings.normalize_advantages or estimator.needs_whitening:
         advantages_T = whiten(advantages_T, mask_T)
-    metrics = advice | {"rollout/rewards": normalized.values_N.mean().item()}
+    metrics |= advice | {"rollout/rewards": normalized.values_N.mean().item()}
     if (batch.group_index >= 0).all():
         metrics["train/active_group_fraction"] = 1 - normalized.num_flat_groups / normalized.num_groups
-    return batch.with_rows(advantages=advantages_T.numpy()), metrics
+    return batch.with_rows(advantages=advantages_T.numpy(), **taught), metrics
+
+
+def _lesson(advantages_T: Tensor, rows: AdvantageRows) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """What the critic is taught, A + V on trained rows, and how it stands."""
+    assert rows.values_T is not None
+    untrained_T = rows.loss_mask_T == 0
+    values_T = rows.values_T.masked_fill(untrained_T, 0.0)
+    returns_T = advantages_T + values_T
+    count = rows.loss_mask_T.count_nonzero().clamp_min(1)
+    metrics = {
+        "rollout/values": (values_T.sum() / count).item(),
+        "rollout/returns": (returns_T.sum() / count).item(),
+    }
+    explained = explained_variance(values_T, returns_T, rows.loss_mask_T)
+    if explained is not None:
+        metrics["train/explained_variance"] = explained
+    return {"returns": returns_T.numpy()}, metrics
 
 
 def _with_own_advantages(

@@ -23,13 +23,15 @@ class Knobs:
     tis_clip: float | None = None
     tis_clip_low: float | None = None
     tis_threshold: float | None = None
+    critic_lr: float | None = None
 
     @classmethod
     def from_settings(cls, settings: TrainerSettings) -> Knobs:
         """The knobs as a run starts."""
         policy = settings.algorithm.policy
         correction = policy.correction
-        knobs = cls(settings.optimizer.lr, policy.kl_loss_coef, policy.entropy_coef)
+        critic_lr = None if settings.critic is None else settings.critic.lr
+        knobs = cls(settings.optimizer.lr, policy.kl_loss_coef, policy.entropy_coef, critic_lr=critic_lr)
         if correction is None or not correction.applied:
             return knobs
         if correction.threshold is not None:
@@ -83,6 +85,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "tis_clip": (0.0, float("inf")),
     "tis_clip_low": (0.0, float("inf")),
     "tis_threshold": (0.0, 1.0),
+    "critic_lr": (0.0, 1.0),
 }
 """Live knobs and the values they may take, bounds included (but 0 < tis_threshold)."""
 
@@ -99,6 +102,12 @@ def _validate_change(knob: str, value: float, settings: TrainerSettings) -> None
             "kl_loss_coef cannot be switched on in this run",
             why="no reference model was loaded at the start",
             fix="resume with algorithm.use_kl_loss = true",
+        )
+    if knob == "critic_lr" and settings.critic is None:
+        raise RunError(
+            "critic_lr has no effect in this run",
+            why="the advantage estimator has no critic",
+            fix="start a run with --advantage-estimator ppo",
         )
     if knob.startswith("tis_") and algorithm.use_rollout_logprobs:
         raise RunError(

@@ -71,6 +71,10 @@ class RolloutTrainer(ABC):
     def _before_updates(self, batch: TrainBatch) -> dict[str, float]:
         """Metrics of the weights that the engine sampled with, such as the gap without routing replay."""
 
+    def _values(self, batch: TrainBatch) -> np.ndarray:
+        """A critic's values float32 [T] of the trained rows, NaN elsewhere."""
+        raise RunError("this trainer has no critic", fix="use --train-backend native")
+
     def _after_updates(self) -> dict[str, float]:
         """Metrics that were collected since."""
         return {}
@@ -89,7 +93,7 @@ class RolloutTrainer(ABC):
 
         Old and reference log-probs and advantages are taken from the batch where it carries them, and
         computed where the loss needs them. With one optimizer step per rollout the old log-probs are those
-        of the training forward itself.
+        of the training forward itself. While a critic warms up the policy is measured and left as it is.
         """
         validate_batch(batch, self.spec)
         self.ranks.require_same_input(batch, self.state)
@@ -110,6 +114,7 @@ class RolloutTrainer(ABC):
         if measurements is not None:
             metrics |= measurements.over(self.ranks).metrics()
         metrics |= self._after_updates()
+        self._count_rollout()
         return _summarize(metrics, updates, stop, self._take_events())
 
     def update_reference(self) -> None:
@@ -154,7 +159,7 @@ class RolloutTrainer(ABC):
         metrics: dict[str, float] = {}
         if algorithm.loss_type == "sft_loss":
             return batch, metrics
-        if batch.old_log_probs is None and self.settings.needs_old_log_probs_pass:
+        if batch.old_log_probs is None and (self.settings.needs_old_log_probs_pass or self._warms_up):
             batch, more = self._with_log_probs(batch, "policy", "old_log_probs")
             metrics |= more
         if batch.ref_log_probs is None and algorithm.needs_reference:
@@ -163,6 +168,9 @@ class RolloutTrainer(ABC):
         if batch.teacher_log_probs is None and algorithm.opd_kl_coef is not None:
             batch, more = self._with_teacher(batch)
             metrics |= more
+        if batch.values is None and algorithm.needs_values:
+            batch, more = self._with_values(batch)
+            metrics |= more
         if batch.advantages is None:
             batch, more = with_advantages(batch, algorithm)
             metrics |= more
@@ -170,14 +178,28 @@ class RolloutTrainer(ABC):
 
     def _counted(self, update: Update) -> Update:
         """The step that was taken, once the state counts it."""
-        state, drafts = self.state, self.state.draft_updates
+        state, drafts, critic = self.state, self.state.draft_updates, self.state.critic
+        if critic is not None:
+            critic = replace(critic, updates=critic.updates + (update.critic_event is None))
         self.state = replace(
             state,
             step=state.step + 1,
             updates=state.updates + update.applied,
             draft_updates=None if drafts is None else drafts + update.draft_applied,
+            critic=critic,
         )
         return update
+
+    @property
+    def _warms_up(self) -> bool:
+        """Whether this rollout trains the critic alone."""
+        critic, seen = self.settings.critic, self.state.critic
+        return critic is not None and seen is not None and seen.rollouts < critic.num_critic_only_steps
+
+    def _count_rollout(self) -> None:
+        critic = self.state.critic
+        if critic is not None:
+            self.state = replace(self.state, critic=replace(critic, rollouts=critic.rollouts + 1))
 
     def _over_ranks(self, own_T: np.ndarray, batch: TrainBatch) -> np.ndarray:
         """Row values of all ranks in place of this one's, which are 0 elsewhere; NaN on untrained rows."""
@@ -196,6 +218,11 @@ class RolloutTrainer(ABC):
         if DISPATCHED in agreement:
             metrics["route/ref_dispatched_flip_frac"] = agreement[DISPATCHED]
         return metrics
+
+    def _with_values(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
+        started = time.perf_counter()
+        values_T = self._values(batch)
+        return batch.with_rows(values=values_T), {"perf/values_time": time.perf_counter() - started}
 
     def _with_teacher(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
         if self.teacher is None:

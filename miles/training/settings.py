@@ -53,6 +53,16 @@ class ScheduleSettings:
 
 
 @dataclass(frozen=True)
+class CriticSettings:
+    """The value model of PPO. From the first `num_critic_only_steps` rollouts it learns alone."""
+
+    lr: float = 1e-6
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    value_clip: float = 0.2
+    num_critic_only_steps: int = 0
+
+
+@dataclass(frozen=True)
 class AlgorithmSettings:
     """Loss, advantages and which log-probs they read.
 
@@ -68,6 +78,7 @@ class AlgorithmSettings:
     """A function of the user's stood in place of the group normalisation."""
     normalize_advantages: bool = False
     gamma: float = 1.0
+    lambd: float = 1.0
     kl_coef: float = 0.0
     use_kl_loss: bool = False
     use_rollout_logprobs: bool = False
@@ -104,6 +115,12 @@ class AlgorithmSettings:
     def needs_reference(self) -> bool:
         """Whether a KL term reads a reference model."""
         return self.loss_type != "sft_loss" and (self.use_kl_loss or self.kl_coef != 0)
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether advantages read a critic."""
+        own = self.custom_advantages is not None
+        return self.loss_type != "sft_loss" and not own and self.estimator.uses_values
 
     @property
     def needs_entropy(self) -> bool:
@@ -153,6 +170,8 @@ class TrainerSettings:
     non_finite_policy: NonFinitePolicy = "skip"
     fault: FaultInjection | None = None
     precision: PrecisionPolicy | None = None
+    critic: CriticSettings | None = None
+    """Its optimizer is the policy's but for the learning rate, and its forward rounds nothing."""
 
     @property
     def needs_old_log_probs_pass(self) -> bool:
@@ -179,6 +198,10 @@ _CONTRADICTIONS: tuple[tuple[str, Callable[[TrainerSettings], bool]], ...] = (
     (
         "the advantage estimator is defined with another policy objective than policy.objective",
         lambda s: s.algorithm.policy.objective != s.algorithm.estimator.objective,
+    ),
+    (
+        "the advantage estimator needs a critic, or there is one that nothing needs",
+        lambda s: s.algorithm.needs_values != (s.critic is not None),
     ),
     (
         "kl_coef and kl_loss_coef are both non-zero: the KL would count twice",

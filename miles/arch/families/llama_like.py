@@ -128,7 +128,7 @@ def embedding_tensors(spec: ArchSpec) -> Iterator[tuple[str, Shape]]:
     yield spec.embedding_name, (spec.vocab_size, spec.hidden_size)
     yield f"{spec.root}.norm.weight", (spec.hidden_size,)
     if not spec.tie_word_embeddings:
-        yield spec.head_name, (spec.vocab_size, spec.hidden_size)
+        yield spec.head_name, (spec.head_rows, spec.hidden_size)
 
 
 def attention_tensors(prefix: str, attention: AttentionSpec, hidden_size: int) -> Iterator[tuple[str, Shape]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import NonNegativeFloat, NonNegativeInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from miles.config.sections.base import Section
 
@@ -11,7 +11,7 @@ class CriticSection(Section):
     """Weights and optimisation of the value model."""
 
     critic_load: str | None = None
-    """Checkpoint of the critic; default: the policy's, with a new value head."""
+    """Checkpoint of the critic, or of a language model of the policy's form; default: the policy itself."""
 
     critic_save: str | None = None
     """Directory of the critic's checkpoints; default: beside the policy's."""
@@ -20,10 +20,10 @@ class CriticSection(Section):
     """Peak learning rate of the critic; default: `lr`."""
 
     critic_lr_warmup_iters: NonNegativeInt = 0
-    """Optimizer steps of the critic's warm-up."""
+    """Optimizer steps in which the critic's learning rate climbs to its peak."""
 
     num_critic_only_steps: NonNegativeInt = 0
-    """First rollouts that train the critic alone."""
+    """First rollouts from which the critic learns alone; the policy stays as it is."""
 
-    value_clip: NonNegativeFloat = 0.2
-    """Range in which a value may move per update."""
+    value_clip: PositiveFloat = 0.2
+    """How far a value may move towards its return in the updates of one rollout."""

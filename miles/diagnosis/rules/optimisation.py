@@ -6,7 +6,7 @@ import math
 import statistics
 
 from miles.diagnosis.finding import Evidence, Fix, FixKind, Match, Severity, Tier
-from miles.diagnosis.patches import gentler, tether
+from miles.diagnosis.patches import gentler, gentler_critic, tether
 from miles.diagnosis.rule import rule
 from miles.diagnosis.view import RecordView
 
@@ -121,8 +121,13 @@ def unstable_critic(view: RecordView) -> Match | None:
     share = view.recent_mean(VALUE_CLIPFRAC)
     if share is None or share <= view.thresholds.value_clipfrac:
         return None
-    fix = Fix("train the critic alone first, or lower its learning rate", FixKind.MANUAL, "slower start")
-    return Match(view.step, (view.evidence(f"{share:.0%} of values are clipped", VALUE_CLIPFRAC),), (fix,))
+    alone = Fix(
+        "start again, the critic alone for some rollouts: --num-critic-only-steps",
+        FixKind.MANUAL,
+        "slower start",
+    )
+    evidence = view.evidence(f"{share:.0%} of values are clipped", VALUE_CLIPFRAC)
+    return Match(view.step, (evidence,), (*gentler_critic(view), alone))
 
 
 @rule(

@@ -31,6 +31,7 @@ def _named(config: RunConfig) -> Iterator[MissingPath]:
     named = (
         ("model.load", model.load),
         ("model.ref_load", model.ref_load),
+        ("critic.critic_load", config.critic.critic_load),
         ("distillation.opd_teacher_load", config.distillation.opd_teacher_load),
         ("sglang.speculative_draft_model_path", config.sglang.speculative_draft_model_path),
     )

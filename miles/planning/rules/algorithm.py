@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from miles.config import RunConfig
+from miles.planning.critic import critic_only_rollouts, trains_critic
 from miles.planning.findings import Found, Severity
 from miles.planning.rules.rule import rule
 from miles.planning.subject import Subject
@@ -116,6 +117,14 @@ DEPENDENTS = (
     ),
     Dependent(
         (
+            "algorithm.lambd", "critic.critic_load", "critic.critic_lr", "critic.critic_lr_warmup_iters",
+            "critic.num_critic_only_steps", "critic.value_clip",
+        ),
+        trains_critic,
+        "--advantage-estimator ppo",
+    ),
+    Dependent(
+        (
             "eval.eval_interval", "eval.eval_greedy", "eval.n_samples_per_eval_prompt",
             "eval.eval_temperature", "eval.eval_top_p", "eval.eval_top_k", "eval.eval_max_response_len",
             "eval.eval_input_key", "eval.eval_label_key", "eval.eval_tool_key",
@@ -154,6 +163,20 @@ def kl_without_weight(subject: Subject) -> Iterator[Found]:
     algorithm = subject.config.algorithm
     if algorithm.use_kl_loss and algorithm.kl_loss_coef == 0:
         yield Found("use_kl_loss with kl_loss_coef 0", "algorithm.kl_loss_coef")
+
+
+@rule(
+    "CRT1",
+    Severity.WARNING,
+    title="the policy is never trained",
+    cause="the critic learns alone from the first num_critic_only_steps rollouts; this run has no more",
+    fix="lower --num-critic-only-steps; a critic alone may be what you want: another run takes it with "
+    "--critic-load",
+)
+def critic_only(subject: Subject) -> Iterator[Found]:
+    rollouts, alone = subject.num_rollouts, critic_only_rollouts(subject.config)
+    if rollouts is not None and alone >= rollouts > 0:
+        yield Found(f"{alone} rollouts of the critic alone, of {rollouts}", "critic.num_critic_only_steps")
 
 
 @rule(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 
+from miles.record.metrics.critic import CRITIC
 from miles.record.metrics.evaluation import EVALUATION
 from miles.record.metrics.metric import Band, Metric
 from miles.record.metrics.mismatch import MISMATCH
@@ -23,6 +24,7 @@ __all__ = ["METRICS", "Band", "Metric", "find_metric"]
 
 METRICS: tuple[Metric, ...] = (
     *POLICY,
+    *CRITIC,
     *MISMATCH,
     *ROUTING,
     *PRECISION,

@@ -102,7 +102,7 @@ def load_checkpoint(directory: Path, tensors: TrainerTensors, policy: MegatronTe
 
     Raises CheckpointError for a missing or damaged part.
     """
-    state = read_state(directory / STATE_FILE)
+    state = replace(read_state(directory / STATE_FILE), critic=None)
     model_dir, optimizer_dir = directory / MODEL_DIR, directory / OPTIMIZER_DIR
     saved, spec = load_spec(model_dir), tensors.spec
     tensors.model.load(without_spare_mtp(saved, spec, read_hf(model_dir)), where=str(model_dir))

@@ -71,7 +71,7 @@ def load_dist_checkpoint(
     """Fill model and optimizer from what `save_dist_checkpoint` wrote in any layout and return the state; MTP
     layers as in `checkpoint.load_checkpoint`. Raises CheckpointError.
     """
-    state = read_state(directory / STATE_FILE)
+    state = replace(read_state(directory / STATE_FILE), critic=None)
     trains = tensors.draft is not None
     with_draft = trains and state.draft_updates is not None
     modules = [*policy, *([draft] if draft is not None else [])]

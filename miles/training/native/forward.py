@@ -1,4 +1,4 @@
-"""One forward over one micro-batch: which routes it follows, and the log-probs of its trained rows."""
+"""One forward over one micro-batch: which routes it follows, and log-probs or values of its trained rows."""
 
 from __future__ import annotations
 
@@ -83,9 +83,25 @@ def forward(
     )
     if on_hidden is not None:
         on_hidden(hidden_TD.detach())
+    _let_go(decoder)
+    return ForwardOutput(log_probs_R, entropy_R, router)
+
+
+def token_values(critic: Decoder, micro_batch: MicroBatch) -> Tensor:
+    """Values float32 [R] of the states in which the trained rows' targets are chosen. The critic routes by
+    itself: recorded routes are the policy's. Its head computes in fp32.
+    """
+    attention = _attention(critic, micro_batch)
+    hidden_TD = critic(micro_batch.tokens_T, micro_batch.positions_T, attention, Router())
+    hidden_RD = hidden_TD.index_select(0, micro_batch.trained_R).float()
+    values_R = hidden_RD @ critic.head_weight.float().squeeze(0)
+    _let_go(critic)
+    return values_R
+
+
+def _let_go(decoder: Decoder) -> None:
     if not torch.is_grad_enabled() and _is_gathered(decoder):
         decoder.reshard()
-    return ForwardOutput(log_probs_R, entropy_R, router)
 
 
 def _attention(decoder: Decoder, micro_batch: MicroBatch) -> Attention:

@@ -34,18 +34,11 @@ class StepBatch:
     @classmethod
     def of(cls, batch: TrainBatch, settings: AlgorithmSettings, policy: PolicyLossSettings) -> StepBatch:
         """`policy`: the loss under the knobs of this step. Raises DataError when no row is trained on."""
-        weights_T = token_weights(
-            torch.from_numpy(batch.loss_mask),
-            Sequences(torch.from_numpy(batch.cu_seqlens)),
-            torch.from_numpy(distinct_rollouts(batch)),
-            settings.reduction,
-            settings.max_response_len,
-        )
         own_T = None
         if settings.custom_reducer is not None:
             own_T = settings.custom_reducer(batch, len(np.unique(distinct_rollouts(batch)))).numpy()
         indices_N = trained_sequences(batch)
-        return cls(batch, indices_N, weights_T.numpy(), _weight_scale(batch, policy), own_T)
+        return cls(batch, indices_N, step_weights(batch, settings), _weight_scale(batch, policy), own_T)
 
     @property
     def num_rows(self) -> int:
@@ -85,6 +78,18 @@ class StepBatch:
             weight_scale=self.weight_scale,
             pg_weights_T=micro_batch.trained_values(self.pg_weights_T),
         )
+
+
+def step_weights(batch: TrainBatch, settings: AlgorithmSettings) -> np.ndarray:
+    """Reduction weights float32 [T] over the batch of one optimizer step."""
+    weights_T = token_weights(
+        torch.from_numpy(batch.loss_mask),
+        Sequences(torch.from_numpy(batch.cu_seqlens)),
+        torch.from_numpy(distinct_rollouts(batch)),
+        settings.reduction,
+        settings.max_response_len,
+    )
+    return weights_T.numpy()
 
 
 def _weight_scale(batch: TrainBatch, policy: PolicyLossSettings) -> float:

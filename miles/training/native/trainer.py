@@ -30,6 +30,7 @@ from miles.models.routing import Router
 from miles.training.knobs import Knobs
 from miles.training.native.batch_checks import validate_batch
 from miles.training.native.checkpoint import TrainerTensors, load_checkpoint, save_checkpoint
+from miles.training.native.critic import Critic
 from miles.training.native.draft import DraftTraining
 from miles.training.native.forward import forward, make_router
 from miles.training.native.gap_watch import GapWatch
@@ -40,7 +41,7 @@ from miles.training.native.probe import gap_without_replay
 from miles.training.native.ranks import OneRank, Ranks
 from miles.training.native.rounding_watch import RoundingWatch, rounded_layers
 from miles.training.native.shared_prompts import may_share_prompts
-from miles.training.native.state import TrainerState
+from miles.training.native.state import CriticProgress, TrainerState
 from miles.training.native.tensor_layout import TensorLayout, WholeTensors
 from miles.training.native.update import OptimizerStep, Update
 from miles.training.rollout_trainer import RolloutTrainer
@@ -63,6 +64,8 @@ class NativeTrainer(RolloutTrainer):
         dtype: the format of the model's weights and activations; optimizer state is fp32 in any case.
         source_dir: the HF checkpoint whose config.json and tokenizer go along with saved weights.
         numerics: how the decoder computes; exact bits need the engine to have the same object.
+        settings: with `settings.critic`, a critic lives beside the policy; it is uninitialised until
+            `load_critic` or `start_critic`.
         spec: with `spec.mtp`, the MTP layers are loaded, saved and handed over along with the policy, and
             trained where the settings ask for it.
     """
@@ -98,9 +101,13 @@ class NativeTrainer(RolloutTrainer):
             fake_quantise(settings.precision, self.decoder, self.draft)
             self._rounding = RoundingWatch(rounded_layers(self.decoder))
         self.draft_training = self._make_draft_training()
+        self.critic = self._make_critic()
         knobs = Knobs.from_settings(settings)
         self.state = TrainerState(
-            knobs=knobs, configured=knobs, draft_updates=None if self.draft_training is None else 0
+            knobs=knobs,
+            configured=knobs,
+            draft_updates=None if self.draft_training is None else 0,
+            critic=None if self.critic is None else CriticProgress(),
         )
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], model: ModelRole = "policy") -> None:
@@ -119,6 +126,15 @@ class NativeTrainer(RolloutTrainer):
                 fake_quantise(self.settings.precision, self.reference)
         native = dict(self.reference.named_parameters())
         self.layout.load(self.spec.policy, native, tensors, where="reference weights")
+
+    def load_critic(self, saved: ArchSpec, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill the critic from a checkpoint of the model `saved`, see `Critic.load_weights`."""
+        assert self.critic is not None, "the settings name no critic"
+        self.critic.load_weights(saved, tensors)
+
+    def start_critic(self) -> None:
+        """The critic begins as the policy of this moment, with a value head of zeros. Collective."""
+        self.load_critic(self.spec, self.named_weights(everywhere=True))
 
     def load_teacher(self, spec: ArchSpec, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """A frozen model of any family beside the policy, from tensors under its published names."""
@@ -207,7 +223,14 @@ class NativeTrainer(RolloutTrainer):
         On several ranks the first one writes, and is the one that raises when the disk refuses. What was
         written can be loaded on any number of ranks.
         """
-        save_checkpoint(directory, self._tensors, self.state, self.source_dir, optimizer=optimizer)
+        save_checkpoint(
+            directory,
+            self._tensors,
+            self.state,
+            self.source_dir,
+            optimizer=optimizer,
+            critic=self._critic_tensors,
+        )
         if optimizer:
             self._save_reference(directory)
 
@@ -217,7 +240,8 @@ class NativeTrainer(RolloutTrainer):
 
         Every rank reads its own part of the files.
         """
-        self.state = load_checkpoint(directory, self._tensors).under(Knobs.from_settings(self.settings))
+        state = load_checkpoint(directory, self._tensors, self._critic_tensors)
+        self.state = state.under(Knobs.from_settings(self.settings))
         self._load_reference(directory)
 
     def _reference_weights(self) -> tuple[Iterator[tuple[str, Tensor]], bool]:
@@ -258,7 +282,15 @@ class NativeTrainer(RolloutTrainer):
         self._told_numerics = True
         return {"kind": "numerics", "numerics": self._numerics.name, **chosen}
 
+    def _values(self, batch: TrainBatch) -> np.ndarray:
+        assert self.critic is not None, "the settings name no critic"
+        return self._over_ranks(self.critic.values(batch), batch)
+
     def _update(self, batch: TrainBatch, measurements: PassMeasurements | None) -> Update:
+        taught = None if self.critic is None else self.critic.update(batch, self.state)
+        if taught is not None and self._warms_up:
+            self._probe(0, None)
+            return self._counted(Update.of_critic(taught))
         step = OptimizerStep(
             decoder=self.decoder,
             optimizer=self.optimizer,
@@ -272,7 +304,7 @@ class NativeTrainer(RolloutTrainer):
             draft=self.draft_training,
             before_update=lambda: self._probe(batch.num_sequences, measurements),
         )
-        return self._counted(step.run(batch))
+        return self._counted(step.run(batch).beside(taught))
 
     def _model(self, model: ModelRole) -> Decoder:
         if model == "policy":
@@ -307,6 +339,29 @@ class NativeTrainer(RolloutTrainer):
         return DraftTraining(
             self.draft, optimizer, settings.mtp_training_steps, settings.mtp_loss_scaling_factor
         )
+
+    def _make_critic(self) -> Critic | None:
+        settings = self.settings
+        if settings.critic is None:
+            return None
+        return Critic(
+            self.spec,
+            settings,
+            settings.critic,
+            self.dtype,
+            self.device,
+            self.layout,
+            self.ranks,
+            self._numerics,
+        )
+
+    @property
+    def _critic_tensors(self) -> TrainerTensors | None:
+        critic = self.critic
+        if critic is None:
+            return None
+        own = critic.optimizer
+        return TrainerTensors(critic.spec, own.parameters, own, self.dtype, self.layout)
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from miles.algorithms.losses import LossOutput, LossRows, PolicyLossSettings, po
 from miles.data.batch import TrainBatch
 from miles.models.decoder import Decoder
 from miles.training.draft_course import DraftUpdate
+from miles.training.native.critic import CriticUpdate
 from miles.training.native.draft import DraftTraining
 from miles.training.native.faults import inject_gradient_fault
 from miles.training.native.forward import forward, make_router
@@ -42,15 +43,32 @@ class Update:
     draft_event: dict[str, Any] | None = None
     """Why the draft alone was not updated."""
     draft_applied: bool = False
+    critic_event: dict[str, Any] | None = None
+    """Why the critic was not updated."""
+    critic_alone: bool = False
+    """The policy took no step: its critic warms up."""
+
+    @classmethod
+    def of_critic(cls, critic: CriticUpdate) -> Update:
+        """A step of the critic alone."""
+        skipped = {"train/step_skipped": float(critic.event is not None)}
+        return cls(critic.metrics | skipped, critic_event=critic.event, critic_alone=True)
+
+    def beside(self, critic: CriticUpdate | None) -> Update:
+        """The step of policy and critic."""
+        if critic is None:
+            return self
+        return replace(self, metrics=self.metrics | critic.metrics, critic_event=critic.event)
 
     @property
     def applied(self) -> bool:
         """Whether the policy's weights changed."""
-        return self.event is None
+        return self.event is None and not self.critic_alone
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        return [event for event in (self.event, self.draft_event) if event is not None]
+        events = (self.event, self.draft_event, self.critic_event)
+        return [event for event in events if event is not None]
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,10 @@ CONFLICTS = [
     ("--fully-async --colocate", "cluster.colocate and rollout.fully_async exclude each other"),
     ("--rollout-batch-size 8 --over-sampling-batch-size 4", "is above rollout.over_sampling_batch_size = 4"),
     ("--advantage-estimator reinforce_plus_plus", "reinforce_plus_plus needs normalize_advantages"),
-    ("--advantage-estimator ppo --kl-coef 0.1", "ppo does not take kl_coef"),
+    (
+        "--advantage-estimator ppo --custom-advantage-function-path a.py:f",
+        "ppo does not take advantages of your own",
+    ),
     ("--loss-type custom_loss", "come together"),
     ("--bf16 --dtype fp32", 'precision.bf16 contradicts dtype = "fp32"'),
     ("--fp8-recipe blockwise", "has no effect without precision.fp8_format"),

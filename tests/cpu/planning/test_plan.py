@@ -107,6 +107,15 @@ def test_memory_of_the_built_in_model_by_hand(spec: ArchSpec) -> None:
     assert plan.total_bytes == sum(parts.values())
 
 
+@pytest.mark.parametrize(("dtype", "each"), [("fp32", 16), ("bf16", 16)])
+def test_a_critic_is_a_second_model_with_a_head_of_one_row(dtype: str, each: int, spec: ArchSpec) -> None:
+    plan = estimate_memory(spec, dtype, cached_tokens=1, micro_batch_tokens=1, reference=False, critic=True)
+    parameters = 226_112 + spec.hidden_size
+    assert {part.name: part.bytes for part in plan.parts}["critic"] == parameters * each
+    saved = plan_checkpoints(spec, "fp32", 80, 20, None, critic=True).bytes_each
+    assert saved == (226_112 + parameters) * 12
+
+
 def test_sixteen_bit_weights_keep_an_fp32_master(spec: ArchSpec) -> None:
     plan = estimate_memory(spec, "bf16", cached_tokens=1, micro_batch_tokens=1, reference=True)
     parts = {part.name: part.bytes for part in plan.parts}

@@ -296,6 +296,10 @@ CASES: dict[str, tuple[Case, Case]] = {
         Case("--no-use-rollout-routing-replay"),
         Case("--no-use-rollout-routing-replay", facts=dense),
     ),
+    "CRT1": (
+        Case("--advantage-estimator ppo --num-critic-only-steps 100"),
+        Case("--advantage-estimator ppo --num-critic-only-steps 99"),
+    ),
     "SET1": (Case("--eval-interval 5"), Case("--eval-interval 5 --eval-prompt-data math test.jsonl")),
     "KLD1": (Case("--use-kl-loss"), Case("--use-kl-loss --kl-loss-coef 0.01")),
     "DBG1": (

@@ -62,9 +62,8 @@ def test_placement_arithmetic() -> None:
     assert apart.arithmetic == "2 x 8 for the trainer + 8 for engines = 24"
 
 
-def test_a_critic_takes_gpus_of_its_own() -> None:
-    placement = plan_placement(subject("--advantage-estimator ppo --critic-num-nodes 1").config)
-    assert (placement.critic_gpus, placement.total_gpus) == (8, 24)
+def test_a_critic_needs_the_native_trainer() -> None:
+    assert "CAP2" in rules("--advantage-estimator ppo")
 
 
 def test_exports_follow_the_hardware() -> None:

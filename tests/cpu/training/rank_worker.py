@@ -38,6 +38,8 @@ def make(
 ) -> NativeTrainer:
     trainer = NativeTrainer(spec, settings, dtype=getattr(torch, dtype), parallel=parallel)
     trainer.init_weights(0)
+    if settings.critic is not None:
+        trainer.start_critic()
     if reference_seed is not None:
         other = NativeTrainer(spec, settings, dtype=getattr(torch, dtype))
         other.init_weights(reference_seed)

@@ -13,7 +13,7 @@ from miles.algorithms.losses import PolicyLossSettings
 from miles.errors import DataError
 from miles.training.batch_advantages import with_advantages
 from miles.training.native.step_batch import StepBatch
-from miles.training.settings import AlgorithmSettings, OptimizerSettings, TrainerSettings
+from miles.training.settings import AlgorithmSettings, CriticSettings, OptimizerSettings, TrainerSettings
 
 FAST = TrainerSettings(optimizer=OptimizerSettings(lr=3e-3), probe_tokens=0)
 
@@ -22,7 +22,10 @@ FAST = TrainerSettings(optimizer=OptimizerSettings(lr=3e-3), probe_tokens=0)
 def test_rewarded_responses_get_likelier(estimator, spec, make_trainer, make_batch) -> None:
     policy = PolicyLossSettings(objective=ESTIMATORS[estimator].objective)
     algorithm = AlgorithmSettings(advantage_estimator=estimator, max_response_len=8, policy=policy)
-    trainer = make_trainer(spec, replace(FAST, algorithm=algorithm))
+    critic = CriticSettings(lr=3e-3) if ESTIMATORS[estimator].uses_values else None
+    trainer = make_trainer(spec, replace(FAST, algorithm=algorithm, critic=critic))
+    if critic is not None:
+        trainer.start_critic()
     batch = make_batch(spec, num_groups=4)
     batch = replace(batch, rewards=(np.arange(batch.num_sequences) % 2).astype(np.float32))
     rewarded = (batch.rewards[batch.sequence_ids] == 1) & (batch.loss_mask > 0)

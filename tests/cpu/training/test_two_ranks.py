@@ -18,6 +18,7 @@ from miles.arch.spec import IndexerSpec, LatentSpec
 from miles.data.batch import TrainBatch
 from miles.training.settings import (
     AlgorithmSettings,
+    CriticSettings,
     FaultInjection,
     OptimizerSettings,
     ScheduleSettings,
@@ -373,3 +374,24 @@ def test_two_ranks_train_the_draft_like_one(way, spec, two_ranks, five, tmp_path
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             torch.testing.assert_close(tensor, theirs[name], atol=2e-5, rtol=0)
+
+
+def test_two_ranks_train_a_critic_like_one_and_go_on_alone(spec, two_ranks, five, tmp_path: Path) -> None:
+    """Its head of one row lies on the first rank alone."""
+    settings = replace(
+        PLAIN,
+        algorithm=AlgorithmSettings(advantage_estimator="ppo", lambd=0.95),
+        critic=CriticSettings(lr=2e-3),
+        micro_batch_size=5,
+    )
+    how, batches = {"spec": spec, "settings": settings}, five(spec)[:4]
+    one = two_ranks.alone("train", batches=batches, **how)
+    two = two_ranks("train", batches=batches, **how)
+    assert_equal(two, one)
+    two_ranks("train", batches=batches[:2], save=tmp_path, **how)
+    alone = two_ranks.alone("train", batches=batches[2:], load=tmp_path, **how)
+    for results in (two[0][0][2:], alone[0]):
+        for row, right in zip(comparable(results), comparable(one[0][2:]), strict=True):
+            assert row["train/value_loss"] == pytest.approx(right["train/value_loss"], abs=1e-5)
+            assert row["train/critic_grad_norm"] == pytest.approx(right["train/critic_grad_norm"], rel=1e-4)
+            assert row["rollout/values"] == pytest.approx(right["rollout/values"], abs=1e-5) != 0

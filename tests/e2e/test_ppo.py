@@ -1,0 +1,50 @@
+"""PPO on the quickstart's task: the reward rises against a critic, and a run cut off goes on as it was."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from e2e_support import SMALL, Cli, metrics_of, summary_of
+
+from miles.record import RunReader
+
+pytestmark = pytest.mark.slow
+
+PPO = ("--advantage-estimator", "ppo", "--critic-lr", "1e-3", "--lambd", "0.95")
+
+
+def test_the_reward_rises_and_so_does_what_the_critic_foresees(cli: Cli) -> None:
+    words = ("--num-rollout", "40", "--normalize-advantages", "--skip-eval-before-train")
+    done = cli("train", "--profile", "quickstart", *PPO, *words)
+    assert done.returncode == 0, done.stderr
+    summary, reader = summary_of(cli.only_run()), RunReader(cli.only_run())
+    assert summary["reward_last5"] >= 0.75 > 0.5 > summary["reward_first5"]
+    assert summary["alerts"] == {"critical": 0, "warning": 0, "info": 0}
+    values, returns = reader.series("rollout/values").values, reader.series("rollout/returns").values
+    assert values[0] == 0 and abs(values[-1] - returns[-1]) < 0.2
+    assert max(reader.series("train/explained_variance").values[-5:]) > 0.02
+
+
+def test_a_run_killed_resumes_with_the_same_critic(cli: Cli) -> None:
+    """In its warm-up it is killed, and again behind it."""
+    words = (*SMALL, *PPO, "--num-critic-only-steps", "4", "--num-rollout", "9")
+    assert cli("train", *words).returncode == 0
+    straight = cli.only_run().rename(cli.runs.parent / "straight")
+    rows = metrics_of(straight)
+    assert "train/loss" not in rows[4] and "train/loss" in rows[5]
+    process = cli.start("train", *words)
+    for step in (3, 7):
+        cli.wait_until(lambda step=step: steps_of(cli) >= step, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process = cli.start("runs", "resume", str(cli.only_run()))
+    _, errors = cli.outcome(process)
+    assert process.returncode == 0, errors
+    assert metrics_of(cli.only_run()) == rows
+
+
+def steps_of(cli: Cli) -> int:
+    """The last step that the only run has recorded; 0 while there is none."""
+    runs = cli.runs.glob("*/events/driver.jsonl")
+    return max((row.step for run in runs for row in RunReader(run.parent.parent).rows()), default=0)
