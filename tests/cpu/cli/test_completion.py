@@ -47,7 +47,7 @@ def shell(environment: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 
 def in_shell(shell: dict[str, str], *words: str) -> str:
-    done = subprocess.run(words, env=shell, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, env=shell, capture_output=True, text=True, timeout=600)
     assert done.stderr == ""
     return done.stdout
 

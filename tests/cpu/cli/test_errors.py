@@ -119,7 +119,9 @@ def with_defect(error: str, before: str = "") -> subprocess.CompletedProcess[str
 def that_does(does: str, before: str = "") -> subprocess.CompletedProcess[str]:
     """The program, doing this in place of a verb."""
     source = DEFECT.format(does=does, before=before)
-    return subprocess.run([sys.executable, "-c", source, "train"], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", source, "train"], capture_output=True, text=True, timeout=600
+    )
 
 
 def test_a_defect_is_a_short_message_and_a_traceback_in_a_file() -> None:
@@ -184,7 +186,7 @@ def test_a_closed_pipe_is_quiet(environment: dict[str, str]) -> None:
         stderr=subprocess.PIPE,
         env=environment,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     os.close(write)
     assert done.stderr == ""

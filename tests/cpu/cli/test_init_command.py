@@ -216,7 +216,7 @@ class Terminal:
 
     def wait_for(self, text: str) -> None:
         """Read until the text has appeared since the last call."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while text not in self.seen:
             assert time.monotonic() < deadline, self.seen
             try:
@@ -229,7 +229,7 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def end(self) -> int:
-        code = self.process.wait(timeout=60)
+        code = self.process.wait(timeout=600)
         os.close(self.master)
         return code
 

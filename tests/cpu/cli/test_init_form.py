@@ -192,7 +192,7 @@ def test_a_wish_to_write_waits_for_the_plan() -> None:
         may_look, preview = threading.Event(), app.session.preview
 
         def when_told(interview: Interview) -> Preview:
-            assert may_look.wait(60)
+            assert may_look.wait(600)
             return preview(interview)
 
         app.session.preview = when_told  # type: ignore[method-assign]

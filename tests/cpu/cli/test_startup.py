@@ -37,7 +37,7 @@ print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)
 def loaded(environment: dict[str, str], *words: str) -> tuple[int, set[str]]:
     """Exit code and loaded modules of a command line."""
     done = subprocess.run(
-        [sys.executable, "-c", LOADED, *words], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", LOADED, *words], env=environment, capture_output=True, text=True, timeout=600
     )
     code, modules = json.loads(done.stderr.splitlines()[-1])
     return code, set(modules)

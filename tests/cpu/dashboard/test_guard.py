@@ -26,7 +26,7 @@ def test_no_terminal_no_dashboard_and_no_textual() -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=300,
         check=True,
     )
     assert "needs a terminal" in done.stdout

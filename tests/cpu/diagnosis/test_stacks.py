@@ -20,10 +20,13 @@ from miles.record.heartbeat import Heartbeat
 
 HANGS = """
     import sys, time
+    from pathlib import Path
     from miles.record import RecordWriter
+    from miles.record.heartbeat import read_heartbeats
 
     def wait_for_the_engine():
-        time.sleep(60)
+        print("ready", flush=True)
+        time.sleep(900)
 
     with RecordWriter(sys.argv[1], heartbeat_interval=0.05) as writer:
         for step in range(1, 5):
@@ -31,8 +34,8 @@ HANGS = """
                 pass
             writer.metrics(step, {"perf/step_time": 0.1})
         with writer.phase("rollout", 5):
-            time.sleep(0.2)  # a heartbeat tells the phase
-            print("ready", flush=True)
+            while read_heartbeats(Path(sys.argv[1]) / "heartbeat")["driver"].phase != "rollout":
+                time.sleep(0.01)
             wait_for_the_engine()
 """
 
@@ -43,7 +46,6 @@ def hanging(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         [sys.executable, "-c", textwrap.dedent(HANGS), str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    time.sleep(0.1)
     yield process
     process.kill()
     process.wait()
@@ -80,7 +82,8 @@ def test_a_process_that_does_not_handle_the_signal_never_gets_it(
     layout.make()
     layout.stacks("driver").touch()
     process = subprocess.Popen(
-        [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(60)"], stdout=subprocess.PIPE
+        [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(900)"],
+        stdout=subprocess.PIPE,
     )
     try:
         assert process.stdout is not None and process.stdout.readline()

@@ -56,11 +56,11 @@ def test_the_page_serves_what_was_flushed_on_loopback_only() -> None:
     try:
         page.log(3, 0.0, {"train/loss": 0.5})
         page.flush()
-        with urllib.request.urlopen(f"http://127.0.0.1:{page.port}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{page.port}/metrics", timeout=300) as answer:
             assert answer.headers["Content-Type"] == CONTENT_TYPE
             assert 'miles_train_loss{run="r",metric="train/loss"} 0.5' in answer.read().decode()
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"http://127.0.0.1:{page.port}/etc", timeout=5)
+            urllib.request.urlopen(f"http://127.0.0.1:{page.port}/etc", timeout=300)
         with pytest.raises(Unavailable, match="--prometheus-port"):
             PrometheusPage("s", port=page.port)
     finally:

@@ -56,7 +56,7 @@ def generate(decoder: Decoder, prompts: list[list[int]], **sampling: object) -> 
         await engine.receive_weights(to_published(decoder), version=0)
         return await engine.generate(requests)
 
-    return asyncio.run(asyncio.wait_for(run(), timeout=60))
+    return asyncio.run(asyncio.wait_for(run(), timeout=600))
 
 
 def test_logits_and_gradients_are_those_of_transformers(reference: nn.Module, decoder: Decoder) -> None:

@@ -115,7 +115,7 @@ class Crew:
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
     async def bounded() -> None:
-        await asyncio.wait_for(scenario(), 10)
+        await asyncio.wait_for(scenario(), 300)
 
     asyncio.run(bounded())
 

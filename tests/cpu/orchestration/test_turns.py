@@ -61,7 +61,7 @@ def one_step(sessions: bool = False, moves_trainer: bool = True, ranks: int = 1)
             assert engine.health().ok and engine.health().weight_version == 3
             return server
 
-    return asyncio.run(asyncio.wait_for(scenario(), 10))
+    return asyncio.run(asyncio.wait_for(scenario(), 300))
 
 
 def told(server: FakeSglang) -> list[tuple[str, Any]]:
@@ -117,7 +117,7 @@ def test_an_update_that_breaks_off_leaves_a_server_that_does_not_serve() -> None
                 await HandleWeights(FakeTrainer(server.calls), [engine], gpus=1).send(version=1)
             assert not engine.health().ok
 
-    asyncio.run(asyncio.wait_for(scenario(), 10))
+    asyncio.run(asyncio.wait_for(scenario(), 300))
 
 
 def test_a_checkpoint_is_saved_with_the_trainer_whole_and_the_engines_weights_kept() -> None:

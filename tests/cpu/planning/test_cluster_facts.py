@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
+from loopback import Quiet, Server, serving
 
 from miles.errors import ConfigError, Unavailable
 from miles.planning.facts.cluster import job_server, probe, read_cluster
@@ -28,22 +27,16 @@ def head(request: pytest.FixtureRequest) -> Iterator[str]:
     """A server that answers as Ray's job server does; it wants the token `secret`."""
     nodes = getattr(request, "param", NODES)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_GET(self) -> None:
             given = self.headers.get("Authorization")
             allowed = given == "Bearer secret"
-            self.send_response(200 if allowed else 403 if given else 401)
-            self.end_headers()
             version = {"ray_version": "2.60.0"}
             body = version if self.path == "/api/version" else {"data": {"result": {"result": nodes}}}
-            self.wfile.write(json.dumps(body).encode())
+            self.answer(200 if allowed else 403 if given else 401, json.dumps(body).encode())
 
-        def log_message(self, *args: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with serving(Server(Handler)) as server:
+        yield server.url
 
 
 @pytest.fixture(autouse=True)

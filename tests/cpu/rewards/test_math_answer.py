@@ -92,7 +92,7 @@ def test_an_endless_answer_is_a_timeout_and_the_next_one_is_judged() -> None:
         assert isinstance(endless, RewardFailure)
         assert endless.category == "timeout"
         assert after == 1.0
-        assert time.monotonic() - started < 30
+        assert time.monotonic() - started < 300
     finally:
         verifier.close()
 

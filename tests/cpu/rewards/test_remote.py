@@ -6,9 +6,9 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from loopback import Quiet, Server, serving
 
 from miles import patient_client
 from miles.data.sample import Sample, SampleStatus
@@ -18,21 +18,18 @@ from miles.rewards.remote import RemoteReward
 from miles.rewards.scorer import build_scorer
 
 
-class RewardServer(ThreadingHTTPServer):
+class RewardServer(Server):
     """Judges by length; `broken` answers are 503 first."""
 
-    daemon_threads = True
-    request_queue_size = 256
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.broken, self.questions, self.paths = 0, [], []
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/judge?by=length"
+        self.url += "/judge?by=length"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Quiet):
     server: RewardServer
 
     def do_POST(self) -> None:
@@ -40,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.busy += 1
             server.most_busy = max(server.most_busy, server.busy)
-        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = self.question()
         server.questions.append(question)
         server.paths.append(self.path)
         status, body = 200, json.dumps(len(question["response"]) / 2).encode()
@@ -53,23 +50,13 @@ class Handler(BaseHTTPRequestHandler):
             body = b"well done"
         with server.lock:
             server.busy -= 1
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None: ...
+        self.answer(status, body)
 
 
 @pytest.fixture
 def server() -> Iterator[RewardServer]:
-    server = RewardServer()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(RewardServer()) as server:
+        yield server
 
 
 def judged(url: str, *responses: str) -> list[Outcome]:

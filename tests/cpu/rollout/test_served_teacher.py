@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 import pytest
+from loopback import Quiet, Server, serving
 
 from miles.data.batch import pack
 from miles.data.sample import Sample, SampleStatus
@@ -18,45 +17,32 @@ from miles.errors import ConfigError, DataError, RunError
 from miles.rollout.served_teacher import ServedTeachers
 
 
-class TeacherServer(ThreadingHTTPServer):
-    """Answers as SGLang documents it; `strict` thinks less of everything."""
-
-    daemon_threads = True
+class TeacherServer(Server):
+    """Answers as SGLang documents it, `skip` tokens fewer."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.questions: list[dict[str, Any]] = []
         self.skip = 0
-        self.url = f"http://127.0.0.1:{self.server_port}"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Quiet):
     server: TeacherServer
 
     def do_POST(self) -> None:
-        question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = self.question()
         self.server.questions.append(question)
         ids = question["input_ids"][question["logprob_start_len"] :]
         triples = [[None if i == 0 else -token / 10, token, None] for i, token in enumerate(ids)]
         triples = triples[: len(triples) - self.server.skip]
         body = json.dumps({"text": "", "meta_info": {"input_token_logprobs": triples}}).encode()
-        self.send_response(200 if self.path == "/generate" else 404)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None: ...
+        self.answer(200 if self.path == "/generate" else 404, body)
 
 
 @pytest.fixture
 def server() -> Iterator[TeacherServer]:
-    server = TeacherServer()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(TeacherServer()) as server:
+        yield server
 
 
 def sample(tokens: list[int], response: int, **metadata: str) -> Sample:

@@ -43,7 +43,7 @@ def spec() -> ArchSpec:
 
 def settle(scenario: Awaitable[None]) -> None:
     async def bounded() -> None:
-        await asyncio.wait_for(scenario, 10)
+        await asyncio.wait_for(scenario, 300)
 
     asyncio.run(bounded())
 

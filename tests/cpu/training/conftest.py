@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from e2e_support import PATIENCE_S
 from preloaded import Preloaded
 
 from miles.arch import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, MoeSpec, RopeSpec
@@ -242,7 +243,7 @@ class TwoRanks:
 
     def _receive(self, rank: int) -> bytes:
         try:
-            if self.pipes[rank].poll(60):
+            if self.pipes[rank].poll(PATIENCE_S):
                 return self.pipes[rank].recv_bytes()
         except (EOFError, ConnectionResetError):
             pass

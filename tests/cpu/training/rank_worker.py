@@ -143,7 +143,7 @@ def meet(pipe: Connection, rank: int, size: int) -> DataParallel:
         pipe.send(store.port)
     else:
         store = connect_store(LOOPBACK, pipe.recv())
-    return join(store, rank, size, timeout_s=30)
+    return join(store, rank, size, timeout_s=600)
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ async def _roll_out(spec: ArchSpec, trainer: NativeTrainer, dtype: torch.dtype) 
 def rolled_out(spec, make_trainer):
     def make(dtype: torch.dtype = torch.float32) -> tuple[NativeTrainer, TrainBatch]:
         trainer = make_trainer(spec, SETTINGS)
-        return trainer, asyncio.run(asyncio.wait_for(_roll_out(spec, trainer, dtype), 60))
+        return trainer, asyncio.run(asyncio.wait_for(_roll_out(spec, trainer, dtype), 600))
 
     return make
 
@@ -148,7 +148,7 @@ def dialogue_of(spec: ArchSpec, trainer: NativeTrainer) -> tuple[list[Sample], l
                     samples[i] = with_tool_output(samples[i], [20, 21])
         return samples, last
 
-    return asyncio.run(asyncio.wait_for(speak(), 60))
+    return asyncio.run(asyncio.wait_for(speak(), 600))
 
 
 def test_turns_of_a_bf16_engine_are_replayed_as_their_log_probs_were_made(

@@ -118,7 +118,7 @@ def main() -> None:
     torch.set_num_threads(1)
     parallel = None
     if size > 1:
-        parallel = join(_store(rank, directory), rank, size, timeout_s=120)
+        parallel = join(_store(rank, directory), rank, size, timeout_s=600)
     results: dict[str, Any] = {}
     for name, (function, arguments) in pickle.loads((directory / "cases.pickle").read_bytes()).items():
         try:
