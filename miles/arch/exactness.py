@@ -9,10 +9,6 @@ def exact_obstacle(spec: ArchSpec) -> str:
     """What stands in the way of exact numerics; empty where nothing does."""
     if any(layer.attention.indexer is not None for layer in spec.layers):
         return "sparse attention by an indexer"
-    if any(layer.attention.chunk is not None for layer in spec.layers):
-        return "attention in chunks"
-    if spec.moe is not None and spec.moe.scales_inputs:
-        return "experts that are scaled at their input"
     if spec.streams is not None:
         return "several residual streams"
     return ""

@@ -301,4 +301,5 @@ def query_factors(temperature: QueryTemperature | None, positions: Tensor) -> Te
     if temperature is None:
         return torch.ones(positions.shape, device=positions.device)
     steps = torch.floor((positions.float() + 1) / temperature.floor)
-    return torch.log1p(steps) * temperature.scale + 1
+    # In fp64: where the last bit of a logarithm depends on the other positions, the rounded factor does not.
+    return (torch.log1p(steps.double()) * temperature.scale + 1).float()

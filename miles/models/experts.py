@@ -75,7 +75,7 @@ def scaled_inputs(
     """
     rows = (x.unsqueeze(1) * weights.unsqueeze(2)).flatten(0, 1)
     out = routed_experts(rows, ids.reshape(-1, 1), torch.ones_like(rows[:, :1]), gate_up, down, kernels)
-    return out.view(len(x), -1, x.shape[1]).sum(1)
+    return _sum_slots(out.view(len(x), -1, x.shape[1]))
 
 
 def _group_by_expert(ids: Tensor, gate_up: Tensor, blocks: RowBlocks | None) -> ExpertRows:

@@ -17,12 +17,12 @@ from miles.arch.exactness import exact_obstacle
 from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, MoeSpec
 from miles.models.decoder import Decoder
 from miles.models.exact_attention import QUERY_STEP
-from miles.models.experts import routed_experts
+from miles.models.experts import routed_experts, scaled_inputs
 from miles.models.logprob import scaled_log_softmax
 from miles.models.norm import rms_norm
 from miles.models.numerics import ExactNumerics
 from miles.models.path_probe import AttentionProbe, decoding_agrees
-from miles.models.row_search import Matrices, ProbedBlocks, cancelling, impossible
+from miles.models.row_search import BY_COLUMN, Kind, ProbedBlocks, cancelling, impossible
 from miles.models.softcap import softcapped
 
 ROWS = 72
@@ -124,6 +124,9 @@ class _Probe:
         count = min(moe.num_experts, MOST_EXPERTS)
         gate_up = self._cancelling(count * 2 * width, hidden).view(count, 2 * width, hidden)
         down = self._random(count, hidden, width)
+        if moe.stacked:
+            gate_up, down = gate_up.mT.contiguous().mT, down.mT.contiguous().mT
+        block = scaled_inputs if moe.scales_inputs else routed_experts
         kernels = numerics.expert_kernels(gate_up, down)
 
         def run(x: Tensor) -> Tensor:
@@ -131,7 +134,7 @@ class _Probe:
                 numerics.router_scores(x, router, moe.scoring), min(moe.top_k, count), -1
             )
             weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
-            return routed_experts(x, ids % count, weights, gate_up, down, kernels)
+            return block(x, ids % count, weights, gate_up, down, kernels)
 
         return run
 
@@ -170,7 +173,7 @@ def _smallest(spec: ArchSpec) -> ArchSpec:
     return replace(spec, layers=tuple(layers), vocab_size=min(spec.vocab_size, 64))
 
 
-def _matrices(spec: ArchSpec, dtype: torch.dtype) -> Iterator[tuple[Matrices, torch.dtype]]:
+def _matrices(spec: ArchSpec, dtype: torch.dtype) -> Iterator[Kind]:
     """The kinds of products of the model. Both projections of an expert share a layout."""
     hidden = spec.hidden_size
     yield ((spec.vocab_size, hidden),), dtype
@@ -180,7 +183,8 @@ def _matrices(spec: ArchSpec, dtype: torch.dtype) -> Iterator[tuple[Matrices, to
         for shape in _attention_matrices(attention, hidden):
             yield (shape,), dtype
         if isinstance(mlp, MoeSpec):
-            yield (gate_up, down), dtype
+            experts = (gate_up, down), dtype
+            yield (*experts, BY_COLUMN) if mlp.stacked else experts
             yield ((mlp.num_experts, hidden),), torch.float32
             if mlp.shared_size:
                 yield ((2 * mlp.shared_size, hidden),), dtype

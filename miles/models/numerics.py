@@ -38,7 +38,7 @@ from miles.models.logprob import scaled_log_softmax
 from miles.models.prefix_attention import PrefixAttention
 from miles.models.routing import GATING, Gating
 from miles.models.row_blocks import RowBlocks, blocked_linear
-from miles.models.row_search import Matrices
+from miles.models.row_search import BY_COLUMN, Kind
 from miles.models.segment_attention import pays_in_segments
 from miles.models.tree_attention import ExactChainAttention, ExactTreeAttention, TreeAttention, TreeNodes
 
@@ -230,7 +230,7 @@ class ExactNumerics:
         threads: torch's threads on this machine; with one, a run of elements is never cut.
     """
 
-    blocks: Mapping[tuple[Matrices, torch.dtype], RowBlocks]
+    blocks: Mapping[Kind, RowBlocks]
     min_queries: int
     threads: int
     name = "exact"
@@ -239,7 +239,7 @@ class ExactNumerics:
 
     def chosen(self) -> dict[str, str]:
         """Of `rows`, `experts` and `attention`. An operation that the probe has not met is not told."""
-        experts = [blocks for (shapes, _), blocks in self.blocks.items() if len(shapes) > 1]
+        experts = [blocks for kind, blocks in self.blocks.items() if len(kind[0]) > 1]
         told = {"rows": " or ".join(dict.fromkeys(map(str, self.blocks.values())))}
         if experts:
             most = min(max(blocks.batched, default=0) for blocks in experts)
@@ -268,6 +268,8 @@ class ExactNumerics:
 
     def _blocks(self, *weights: Tensor) -> RowBlocks:
         shapes = tuple((weight.shape[-2], weight.shape[-1]) for weight in weights)
+        if weights[0].stride(-1) != 1:
+            return self.blocks[shapes, weights[0].dtype, BY_COLUMN]
         return self.blocks[shapes, weights[0].dtype]
 
     def rotations(self, spec: AttentionSpec, num_positions: int, positions: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ the probe's rows are `cancelling`: their products add up to 0, and what is left 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,12 @@ Matrices = tuple[tuple[int, int], ...]
 """Shapes [outputs, inputs] of matrices that are multiplied with the same rows, or with rows of one layout."""
 
 
-class ProbedBlocks(dict[tuple[Matrices, torch.dtype], RowBlocks]):
+BY_COLUMN: Literal["by column"] = "by column"
+Kind = tuple[Matrices, torch.dtype] | tuple[Matrices, torch.dtype, Literal["by column"]]
+"""Products that are computed alike. `BY_COLUMN`: the matrices are stored column after column."""
+
+
+class ProbedBlocks(dict[Kind, RowBlocks]):
     """The blocks for each kind of matrix on one device; a kind is probed when first asked for.
 
     Every probe draws the same numbers, so two processes on one machine find the same blocks.
@@ -52,8 +59,9 @@ class ProbedBlocks(dict[tuple[Matrices, torch.dtype], RowBlocks]):
         self._device = torch.device(device)
 
     @torch.inference_mode()
-    def __missing__(self, kind: tuple[Matrices, torch.dtype]) -> RowBlocks:
-        blocks = find_row_blocks(*kind, self._device, torch.Generator(self._device).manual_seed(0))
+    def __missing__(self, kind: Kind) -> RowBlocks:
+        generator = torch.Generator(self._device).manual_seed(0)
+        blocks = find_row_blocks(kind[0], kind[1], self._device, generator, BY_COLUMN in kind)
         if blocks is None:
             raise impossible(f"a product with {' and '.join(map(str, kind[0]))} in {kind[1]}")
         self[kind] = blocks
@@ -71,15 +79,20 @@ def impossible(what: str) -> PreflightRefused:
 
 
 def find_row_blocks(
-    shapes: Matrices, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator
+    shapes: Matrices,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    generator: torch.Generator,
+    by_column: bool = False,
 ) -> RowBlocks | None:
-    """The cheapest blocks that suit all matrices of `shapes`, each [outputs, inputs].
+    """The cheapest blocks that suit all matrices of `shapes`, each [outputs, inputs], stored row by row or by
+    column.
 
     In fp32 where narrower products have none or are slow; None where those have none either.
     """
     own = (torch.float32, dtype) if _is_slow(dtype, torch.device(device)) else (dtype, torch.float32)
     for computed in dict.fromkeys(own):
-        search = _Search(shapes, dtype, computed, torch.device(device), generator)
+        search = _Search(shapes, dtype, computed, torch.device(device), generator, by_column)
         for sizes in sorted(search.candidates(), key=_cost):
             if search.is_free_of_place(sizes):
                 return RowBlocks(sizes, computed, search.batched(sizes))
@@ -128,7 +141,9 @@ class _Search:
         computed: torch.dtype,
         device: torch.device,
         generator: torch.Generator,
+        by_column: bool,
     ) -> None:
+        self._by_column = by_column
         self._most = _most_rows(shapes)
         self._sizes = ladder(self._most)
         self._factors = []
@@ -136,7 +151,7 @@ class _Search:
             matrix = cancelling(outputs, inputs, 1.0, generator, device)
             rows = cancelling(self._most, inputs, -1.0, generator, device)
             rows[1::2] = torch.randn(rows[1::2].shape, generator=generator, device=device)
-            self._factors.append((rows.to(dtype).to(computed), matrix.to(dtype).to(computed)))
+            self._factors.append((rows.to(dtype).to(computed), self._stored(matrix.to(dtype).to(computed))))
         fewest = max(FEWEST_ROWS, ELEMENTS // min(outputs for outputs, _ in shapes))
         self._places = {size: self._place(size, fewest, i % 2 == 1) for i, size in enumerate(self._sizes)}
         self._products = {
@@ -172,11 +187,16 @@ class _Search:
     def _agrees_batched(self, size: int) -> bool:
         for rows, matrix in self._factors:
             each = torch.stack([rows.roll(size * i, 0)[:size] for i in range(BATCHED_MATRICES)])
-            matrices = torch.stack([matrix.roll(i, 0) for i in range(BATCHED_MATRICES)]).transpose(1, 2)
+            matrices = self._stored(torch.stack([matrix.roll(i, 0) for i in range(BATCHED_MATRICES)]))
+            matrices = matrices.transpose(1, 2)
             expected = products(each.flatten(0, 1), matrices.unbind(), [size] * BATCHED_MATRICES)
             if not torch.equal(bmm(each, matrices).flatten(0, 1), expected):
                 return False
         return True
+
+    def _stored(self, matrices: Tensor) -> Tensor:
+        """[..., outputs, inputs] in the order in which the model keeps them."""
+        return matrices.mT.contiguous().mT if self._by_column else matrices
 
     def _place(self, size: int, fewest: int, at_end: bool) -> slice:
         """The rows on which a count is tried: whole blocks, from the first row on or up to the last."""

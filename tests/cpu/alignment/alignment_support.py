@@ -19,6 +19,7 @@ from miles.arch.spec import (
     LayerSpec,
     LinearScaling,
     MoeSpec,
+    QueryTemperature,
     RopeSpec,
     YarnScaling,
 )
@@ -105,6 +106,19 @@ def _gemma2() -> ArchSpec:
     return replace(spec, family="gemma2", architecture="Gemma2ForCausalLM", layers=layers, logit_softcap=6.0)
 
 
+def _llama4() -> ArchSpec:
+    """Chunks in layers that rotate, all that is before where positions only sharpen; experts stored by
+    column, scaled at their input."""
+    spec = make_spec(40, (6, 2, 8), DenseMlpSpec(56), 39)
+    moe = MoeSpec(5, 1, 24, False, "sigmoid", scales_inputs=True, stacked=True, shared_size=24)
+    attention = replace(spec.layers[0].attention, qk_norm=False)
+    rope = RopeSpec(300.0, interleaved=True)
+    chunked = replace(attention, rope=rope, chunk=19, qk_unit=True)
+    unrotated = replace(attention, rotates=False, temperature=QueryTemperature(0.3, 6))
+    layers = (LayerSpec(chunked, moe), LayerSpec(unrotated, DenseMlpSpec(56)), LayerSpec(chunked, moe))
+    return replace(spec, family="llama4_text", architecture="Llama4ForCausalLM", layers=layers)
+
+
 SPECS = {
     "the quickstart's experts": make_spec(64, (4, 2, 16), MoeSpec(8, 2, 64, norm_topk_prob=True), 55),
     "odd widths": make_spec(40, (6, 2, 8), MoeSpec(6, 3, 20, norm_topk_prob=True), 37, layers=3),
@@ -115,6 +129,7 @@ SPECS = {
     "deepseek_v3": _deepseek_v3(),
     "gemma2": _gemma2(),
     "gemma3": _gemma3(),
+    "llama4": _llama4(),
 }
 QUICKSTART = SPECS["the quickstart's experts"]
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from alignment_support import QUICKSTART
+from alignment_support import QUICKSTART, SPECS
 
 from miles.errors import PreflightRefused
 from miles.models import experts as expert_blocks
 from miles.models import numerics, row_blocks, row_search
 from miles.models.invariance import find_exact_numerics
 from miles.models.row_blocks import RowBlocks, blocked_product
-from miles.models.row_search import cancelling, find_row_blocks
+from miles.models.row_search import BY_COLUMN, cancelling, find_row_blocks
 
 
 def test_what_was_found_is_told_in_words(exact) -> None:
@@ -65,6 +65,13 @@ def test_products_without_vectors_of_their_own_are_computed_in_fp32(slow: bool, 
     product = blocked_product(x, weight, blocks)
     assert torch.equal(product[-9:], blocked_product(x[-9:], weight, blocks))
     torch.testing.assert_close(product, (x.float() @ weight.float().t()).bfloat16())
+
+
+def test_stacked_experts_are_probed_in_the_order_in_which_they_are_stored(exact) -> None:
+    kinds = exact(SPECS["llama4"], torch.float32).blocks
+    assert [BY_COLUMN in kind for kind in kinds if len(kind[0]) > 1] == [True]
+    kinds = exact(QUICKSTART, torch.float32).blocks
+    assert [BY_COLUMN in kind for kind in kinds if len(kind[0]) > 1] == [False]
 
 
 def test_a_step_has_rows_that_every_product_takes(exact) -> None:
