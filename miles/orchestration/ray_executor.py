@@ -89,6 +89,7 @@ class _Crew:
         self._plan: WorkersPlan = job.plan.workers
         self._config = job.resolved.config
         self._workers: list[Any] = []
+        self._seats: list[Seat[Any]] = []
         self._health: asyncio.Task[None] | None = None
         self._sync: ServedSync | None = None
 
@@ -138,6 +139,8 @@ class _Crew:
         """End every process of the attempt."""
         if self._health is not None:
             self._health.cancel()
+        for seat in self._seats:
+            seat.dismiss()
         for worker in self._workers:
             worker.kill()
 
@@ -221,7 +224,9 @@ class _Crew:
 
     def _seat(self, name: str, launch: Any, rank: int) -> Seat[Any]:
         limit = self._config.fault_tolerance.max_worker_restarts
-        return Seat(name, lambda: launch(rank), limit, self._report)
+        seat: Seat[Any] = Seat(name, lambda: launch(rank), limit, self._report)
+        self._seats.append(seat)
+        return seat
 
     async def _start(
         self,

@@ -35,6 +35,7 @@ class Seat(Generic[W]):
         self._worker: W | None = None
         self._restarts = 0
         self._replacing = asyncio.Lock()
+        self._dismissed = False
 
     @property
     def worker(self) -> W:
@@ -49,26 +50,33 @@ class Seat(Generic[W]):
     async def replace(self, dead: W, lost: WorkerLost) -> None:
         """Start another worker in place of `dead`; callers who saw the same death wait for the same one.
 
-        Raises: RunError when the worker was lost once too often.
+        Raises: RunError when the worker was lost once too often; `lost` when the seat was dismissed.
         """
         async with self._replacing:
             if self._worker is not dead:
                 return
             while True:
+                if self._dismissed:
+                    raise lost
                 self._report("worker_dead", worker=self.name, reason=lost.reason)
                 self._refuse_endless(lost)
                 self._restarts += 1
                 dead.kill()
                 try:
-                    self._worker = await self._launch()
+                    successor = await self._launch()
                 except WorkerLost as again:
                     lost = again
                     continue
+                if self._dismissed:
+                    successor.kill()
+                    raise lost
+                self._worker = successor
                 self._report("restart", worker=self.name, restarts=self._restarts)
                 return
 
     def dismiss(self) -> None:
-        """End the worker; the seat stays empty."""
+        """End the worker, and one that is being started in its place; requests in flight bring none back."""
+        self._dismissed = True
         if self._worker is not None:
             self._worker.kill()
 

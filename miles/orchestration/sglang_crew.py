@@ -58,6 +58,9 @@ class SglangCrew:
         finally:
             if self._health is not None:
                 self._health.cancel()
+            for seat in self.seats:
+                seat.dismiss()
+            # Those that are being started, too.
             for server in self._servers:
                 server.kill()
             await asyncio.gather(*(server.leave() for server in self._servers))

@@ -82,9 +82,10 @@ class SglangEngine:
         self._routes = RouteShape.of(spec) if settings.return_routed_experts else None
         self._numbers = itertools.count()
         self._running: dict[str, _Call] = {}
-        self._steady = asyncio.Event()
-        """Set while weights do not change."""
-        self._steady.set()
+        self._steady, self._changing = asyncio.Event(), asyncio.Event()
+        """One of them is set: weights do not change, or they do."""
+        self._set_steady(True)
+        self._released: set[MemoryTag] = set()
         self.sent_bytes = 0
         """Of the weights of the last update."""
         self._arriving, self._in_session = 0, False
@@ -195,7 +196,7 @@ class SglangEngine:
     async def begin_broadcast(self, version: int) -> None:
         """Stop decoding for weights that come through a process group, bucket by bucket."""
         self._broken = f"receiving weight version {version} failed half way"
-        self._steady.clear()
+        self._set_steady(False)
         with self._steady_when_broken():
             await self._stop_decoding()
             self._in_session = await self.control.open_update()
@@ -213,11 +214,11 @@ class SglangEngine:
             await self.control.close_update(version, self._in_session)
             self._in_session, self.sent_bytes = False, self._arriving
             await self._arrived(version)
-        self._steady.set()
+        self._set_steady(True)
 
     async def leave_broadcast(self, group: str) -> None:
         """Leave a process group. Weights that did not arrive whole are not served."""
-        self._steady.set()
+        self._set_steady(True)
         in_session, self._in_session = self._in_session, False
         await self.control.leave_group(group)
         if in_session:
@@ -230,6 +231,7 @@ class SglangEngine:
     async def release(self, tags: Sequence[MemoryTag]) -> None:
         """Give GPU memory to a trainer on the same GPUs; nothing may be decoding."""
         assert not self._running, "a rollout ends before the trainer's turn"
+        self._released.update(tags)
         await self.control.release_memory(tags)
         if "weights" in tags:
             self._broken = "its weights were given up for the trainer's turn"
@@ -237,6 +239,7 @@ class SglangEngine:
     async def reclaim(self, tags: Sequence[MemoryTag]) -> None:
         """Take GPU memory back, empty."""
         await self.control.resume_memory(tags)
+        self._released.difference_update(tags)
 
     async def begin_handles(self, version: int) -> bool:
         """Begin an update by handles, between turns; whether this server has update sessions."""
@@ -260,13 +263,13 @@ class SglangEngine:
 
     async def _update(self, version: int, transfer: Callable[[], Awaitable[int]]) -> None:
         self._broken = f"receiving weight version {version} failed half way"
-        self._steady.clear()
+        self._set_steady(False)
         try:
             await self._stop_decoding()
             self.sent_bytes = await transfer()
             await self._arrived(version)
         finally:
-            self._steady.set()
+            self._set_steady(True)
 
     async def _arrived(self, version: int) -> None:
         """Every weight of this version is there: decode again."""
@@ -287,7 +290,7 @@ class SglangEngine:
         try:
             yield
         except BaseException:
-            self._steady.set()
+            self._set_steady(True)
             raise
 
     async def _stop_decoding(self) -> None:
@@ -314,12 +317,27 @@ class SglangEngine:
         )
 
     async def check(self) -> EngineHealth:
-        """Health after the server answered. Raises: ConnectionLost when it does not."""
-        if not self._paused:
-            response = await self.http.get("/health")
-            if not response.ok:
+        """Health after the server answered. Raises: ConnectionLost when it does not.
+
+        A server proves it by a token of its own. One that may not decode now is not asked: it would say 503.
+        """
+        if self._paused or self._released or self._broken:
+            return self.health()
+        asked = asyncio.ensure_future(self.http.get("/health"))
+        changing = asyncio.ensure_future(self._changing.wait())
+        try:
+            await asyncio.wait((asked, changing), return_when=asyncio.FIRST_COMPLETED)
+            if not changing.done() and not (response := asked.result()).ok:
                 raise ConnectionLost(f"{self.http.url} is not well", why=f"/health gave {response.status}")
+        finally:
+            asked.cancel()
+            changing.cancel()
         return self.health()
+
+    def _set_steady(self, steady: bool) -> None:
+        now, then = (self._steady, self._changing) if steady else (self._changing, self._steady)
+        then.clear()
+        now.set()
 
     async def measurements(self) -> list[dict[str, float]]:
         """The server's own gauges and counters, under SGLang's names; empty where they are off."""

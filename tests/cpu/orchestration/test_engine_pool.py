@@ -214,3 +214,45 @@ def test_two_callers_that_see_one_death_replace_the_worker_once() -> None:
         assert crew.kinds() == {"worker_dead": 1, "restart": 1}
 
     run(scenario)
+
+
+def test_the_end_of_an_attempt_brings_no_engine_back() -> None:
+    """Requests are in flight when everything is ended; their loss is no reason to start another engine."""
+
+    async def scenario() -> None:
+        crew = Crew(ScriptedEngine(hangs=True), seats=1)
+        pool = await crew.pool()
+        asked = asyncio.create_task(pool.generate(group(0)))
+        await asyncio.sleep(0)
+        crew.seats[0].dismiss()
+        with pytest.raises(WorkerLost):
+            await asked
+        assert crew.events == []
+
+    run(scenario)
+
+
+def test_an_engine_that_was_being_started_when_the_attempt_ended_is_ended_too() -> None:
+    async def scenario() -> None:
+        starting, go_on = asyncio.Event(), asyncio.Event()
+        engines = [ScriptedEngine(), ScriptedEngine()]
+        waiting = iter(engines)
+
+        async def launch() -> ScriptedEngine:
+            engine = next(waiting)
+            if engine is engines[1]:
+                starting.set()
+                await go_on.wait()
+            return engine
+
+        seat = Seat("engine-0", launch, 3, lambda kind, **fields: None)
+        await seat.fill()
+        replacing = asyncio.create_task(seat.replace(engines[0], WorkerLost("engine-0", "killed")))
+        await starting.wait()
+        seat.dismiss()
+        go_on.set()
+        with pytest.raises(WorkerLost):
+            await replacing
+        assert engines[1].killed.is_set()
+
+    run(scenario)

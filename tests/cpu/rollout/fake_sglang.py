@@ -46,6 +46,9 @@ class FakeSglang:
         self.generating = asyncio.Event()
         self.finish = asyncio.Event()
         self.finish.set()
+        self.health = asyncio.Event()
+        """Set when a health check may answer."""
+        self.health.set()
         self.asked_rids: set[str] = set()
         self.dead = False
         self.dies_on_bucket: int | None = None
@@ -101,6 +104,7 @@ class FakeSglang:
         return await handler(body)
 
     async def _on_health(self, _: Any) -> Answer:
+        await self.health.wait()
         return 200, b""
 
     async def _on_model_info(self, _: Any) -> Answer:

@@ -260,6 +260,38 @@ def test_a_broadcast_that_breaks_off_is_no_update(spec: ArchSpec) -> None:
     with_server(spec, scenario)
 
 
+@pytest.mark.parametrize("begun", ["before", "during"])
+def test_a_server_that_takes_weights_is_not_unwell(spec: ArchSpec, begun: str) -> None:
+    """It is paused meanwhile, and says 503 when it is asked for a token for twenty seconds."""
+
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        server.health = asyncio.Event()
+        checking = None if begun == "before" else asyncio.create_task(engine.check())
+        while checking is not None and "/health" not in server.paths:
+            await asyncio.sleep(0)
+        await engine.begin_broadcast(3)
+        health = await (checking or engine.check())
+        assert not health.ok and "failed half way" in health.reason
+        server.health.set()
+        server.overrides |= {"/health": (503, b""), "/destroy_weights_update_group": (200, {"success": True})}
+        await engine.leave_broadcast("group")
+        assert not (await engine.check()).ok, "it stays paused until weights arrive whole"
+
+    with_server(spec, scenario)
+
+
+def test_a_server_without_its_memory_is_not_asked_for_a_token(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        server.overrides["/health"] = 503, b""
+        await engine.release(["kv_cache"])
+        await engine.check()
+        await engine.reclaim(["kv_cache"])
+        with pytest.raises(ConnectionLost):
+            await engine.check()
+
+    with_server(spec, scenario)
+
+
 def test_a_payload_holds_no_more_than_its_tensor() -> None:
     base = torch.zeros(1000, 1000)
     assert len(encode([("a", base[0])])) < 10_000
