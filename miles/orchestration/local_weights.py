@@ -108,8 +108,15 @@ def disk_weights(job: Job, spec: ArchSpec, trainer: TrainWorker) -> DiskWeights:
     shared = job.resolved.config.weight_sync.update_weight_disk_dir
     directory = (Path(shared) if shared else job.run_dir) / "weights"
     directory.mkdir(parents=True, exist_ok=True)
-    policy, source = _format(job), job.source.directory
-    return DiskWeights(lambda: weights_for_engine(trainer, policy), spec, source, directory)
+    policy, source = _format(job), job.source
+    delta = job.resolved.config.weight_sync.update_weight_delta and source.has_weights
+    return DiskWeights(
+        lambda: weights_for_engine(trainer, policy),
+        spec,
+        source.directory,
+        directory,
+        base=source.directory if delta else None,
+    )
 
 
 def _format(job: Job) -> PrecisionPolicy | None:

@@ -65,6 +65,7 @@ def write_hf(
     source_dir: str | Path | None = None,
     dtype: Dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    whole: bool = True,
 ) -> None:
     """Write a checkpoint that appears under `directory` whole or not at all.
 
@@ -73,15 +74,17 @@ def write_hf(
         source_dir: a checkpoint whose config.json, tokenizer and generation settings go along, and its
             weights of other parts than the decoder. Without it config.json is made from `spec`.
         dtype: the stored format (default: that of `spec`); router biases are fp32 in any.
+        whole: False for some of the tensors, for a reader that has the others.
 
     Raises `CheckpointError` when `directory` exists, tensors are not those of `spec`, or the disk is full.
     """
     stored = dtype or spec.dtype
     with staged_directory(Path(directory)) as stage:
-        if source_dir is not None and spec.other_parts:
+        if whole and source_dir is not None and spec.other_parts:
             tensors = chain(tensors, _other_parts(spec, source_dir))
         shapes = _write_shards(stage, tensors, TORCH_DTYPES[stored], max_shard_bytes)
-        check_shapes(spec, shapes, where=str(directory))
+        if whole:
+            check_shapes(spec, shapes, where=str(directory))
         config = to_hf_config(spec) if source_dir is None else read_json(Path(source_dir) / "config.json")
         config = with_mtp_depth(config, spec.mtp_num_layers)
         # The weights are plain, whatever those of the source are.
@@ -121,6 +124,9 @@ def _write_shards(
         shards.append(list(shard))
         shapes |= {name: tuple(shape) for name, (shape, _) in forms.items()}
         total += sum(shape.numel() * stored.itemsize for shape, stored in forms.values())
+    if not shards:
+        stream_tensors(stage / SINGLE_FILE, {}, ())
+        return shapes
     if len(shards) == 1:
         (stage / _shard_name(0)).rename(stage / SINGLE_FILE)
         return shapes

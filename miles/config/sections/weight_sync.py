@@ -24,7 +24,8 @@ class WeightSyncSection(Section):
     """Bytes per bucket."""
 
     update_weight_delta: bool = False
-    """Send a server only the tensors that differ from those it was given last (`tensor`, `broadcast`)."""
+    """Send a server only the tensors that differ from those it was given last (`tensor`, `broadcast`), or
+    write only those that ever differed from the checkpoint it began with (`disk`)."""
 
     update_weight_disk_dir: str | None = None
     """Directory that trainer and engines share (`disk`)."""

@@ -49,16 +49,20 @@ def owned_argument(subject: Subject) -> Iterator[Found]:
     "SRV5",
     Severity.ERROR,
     title="weights that do not travel as a checkpoint on disk",
-    cause="a server reads every tensor of a checkpoint, so leaving some out saves nothing; and the "
-    "checkpoints of a run hold plain weights",
+    cause="the checkpoints of a run hold plain weights; and what has not changed is left out on disk only "
+    "for servers that began with the run's own checkpoint and have no draft that reads it, too",
     fix="--update-weight-transfer-mode tensor",
 )
 def not_on_disk(subject: Subject) -> Iterator[Found]:
     sync = subject.config.weight_sync
     if subject.config.rollout.backend != "sglang" or sync.update_weight_transfer_mode != "disk":
         return
-    if sync.update_weight_delta:
-        yield Found("update_weight_delta with disk", "weight_sync.update_weight_delta")
+    if sync.update_weight_delta and subject.config.rollout.rollout_external_engine_addrs:
+        what = "update_weight_delta with disk, for servers that others started"
+        yield Found(what, "weight_sync.update_weight_delta")
+    if sync.update_weight_delta and subject.config.sglang.speculative_algorithm in OWN_DRAFT:
+        what = f"update_weight_delta with disk and {subject.config.sglang.speculative_algorithm}"
+        yield Found(what, "weight_sync.update_weight_delta")
     if subject.rollout_format in QUANTISED:
         yield Found(f"{subject.rollout_format} weights on disk", "weight_sync.update_weight_transfer_mode")
 

@@ -900,6 +900,23 @@ def test_what_a_broadcast_does_not_reach(words: str, what: str, resolved: Make, 
     assert found == [what]
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("", None),
+        ("--rollout-external-engine-addrs http://127.0.0.1:1", "for servers that others started"),
+        ("--sglang-speculative-algorithm EAGLE --mtp-num-layers 1", "EAGLE"),
+    ],
+)
+def test_what_is_left_out_on_disk_every_server_must_have(
+    words: str, what: str | None, resolved: Make, facts: Facts
+) -> None:
+    on_disk = "--rollout-backend sglang --update-weight-transfer-mode disk --update-weight-delta"
+    findings = preflight(resolved(f"{on_disk} {words}"), served("0.5.20")(facts))
+    found = [f.what for f in findings if f.rule == "SRV5"]
+    assert not found if what is None else len(found) == 1 and what in found[0]
+
+
 def test_int4_experts_are_sent_whole(resolved: Make, facts: Facts) -> None:
     run = resolved(f"{SCALED} {INT4} --update-weight-delta", "--lr")
     found = [f for f in preflight(run, on("16xH100")(facts)) if f.rule == "I45"]
