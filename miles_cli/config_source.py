@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from miles import environment
-from miles.config import ResolvedConfig, from_json, resolve, shipped_names
+from miles.config import ResolvedConfig, resolve, shipped_names
 from miles.errors import RunError
-from miles.record.layout import RunLayout
+from miles.orchestration.stored_config import stored_config
 from miles.record.runs import is_run, resolve_run
 
 
@@ -20,17 +20,10 @@ def load_config(reference: str) -> ResolvedConfig:
     if reference.endswith(".toml") or reference in shipped_names():
         return resolve(reference)
     if path.is_dir() and is_run(path):
-        return _of_run(path)
+        return stored_config(path)
     runs = environment.runs_dir()
     try:
-        return _of_run(resolve_run(reference, runs))
+        return stored_config(resolve_run(reference, runs))
     except RunError:
         # Neither a run: the message about profiles names the nearest one.
         return resolve(reference)
-
-
-def _of_run(run_dir: Path) -> ResolvedConfig:
-    config = RunLayout(run_dir).config_json
-    if not config.is_file():
-        raise RunError("the run has no config.json", where=str(run_dir), why="it ended before it was written")
-    return from_json(config.read_text(encoding="utf-8"))

@@ -20,6 +20,8 @@ from uuid import uuid4
 from miles.errors import CheckpointError
 from miles.weights.file_manifest import STEP_MANIFEST, crc32_of, file_manifest
 
+TAKE_OLDER = "take an older checkpoint: miles runs resume RUN --from-step N"
+
 
 @dataclass(frozen=True)
 class LoopState:
@@ -118,8 +120,13 @@ class CheckpointStore:
         """The checkpoint of one step. Raises: CheckpointError when there is none."""
         path = self.root / _name(step)
         if not path.is_dir():
-            kept = ", ".join(str(s) for s in self.steps()) or "none"
-            raise CheckpointError(f"no checkpoint of step {step}", where=str(self.root), why=f"kept: {kept}")
+            kept = self.steps()
+            raise CheckpointError(
+                f"no checkpoint of step {step}",
+                where=str(self.root),
+                why=f"kept: {', '.join(map(str, kept)) or 'none'}",
+                fix=f"name one of those, as --from-step {kept[-1]}" if kept else "leave --from-step out",
+            )
         return path
 
     def rewind(self, step: int) -> None:
@@ -182,18 +189,17 @@ def _name(step: int) -> str:
 
 def _verify(path: Path, size: int, crc32: int) -> None:
     """Raises: CheckpointError when `path` is not the file that was written."""
-    fix = "take an older checkpoint: miles runs resume RUN --from-step N"
     if not path.is_file():
-        raise CheckpointError("file of the checkpoint is missing", where=str(path), fix=fix)
+        raise CheckpointError("file of the checkpoint is missing", where=str(path), fix=TAKE_OLDER)
     if path.stat().st_size != size:
         raise CheckpointError(
             f"file of the checkpoint is truncated: {path.stat().st_size} of {size} bytes",
             where=str(path),
-            fix=fix,
+            fix=TAKE_OLDER,
         )
     if crc32_of(path) != crc32:
         raise CheckpointError(
-            "file of the checkpoint was altered: checksum differs", where=str(path), fix=fix
+            "file of the checkpoint was altered: checksum differs", where=str(path), fix=TAKE_OLDER
         )
 
 
@@ -201,9 +207,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError("file of the checkpoint is missing", where=str(path)) from None
+        raise CheckpointError("file of the checkpoint is missing", where=str(path), fix=TAKE_OLDER) from None
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"file of the checkpoint is not JSON: {error}", where=str(path)) from None
+        raise CheckpointError(
+            f"file of the checkpoint is not JSON: {error}", where=str(path), fix=TAKE_OLDER
+        ) from None
     return content
 
 

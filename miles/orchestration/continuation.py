@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from miles.config import ResolvedConfig, from_json, with_changes
-from miles.errors import RunError
+from miles.config import ResolvedConfig, with_changes
+from miles.orchestration.stored_config import stored_config
 from miles.planning import Plan, collect_facts, make_plan
-from miles.record import RunLayout
 
 
 def plan_continuation(run_dir: Path, sets: Sequence[str] = ()) -> tuple[ResolvedConfig, Plan]:
@@ -16,13 +15,5 @@ def plan_continuation(run_dir: Path, sets: Sequence[str] = ()) -> tuple[Resolved
 
     Raises: RunError when the directory holds no configuration; ConfigError and PlanRefused for the changes.
     """
-    path = RunLayout(run_dir).config_json
-    if not path.is_file():
-        raise RunError(
-            "the run directory holds no config.json",
-            where=str(run_dir),
-            why="the run ended before it began",
-            fix="start it again with miles train",
-        )
-    resolved = with_changes(from_json(path.read_text()), sets)
+    resolved = with_changes(stored_config(run_dir), sets)
     return resolved, make_plan(resolved, collect_facts(resolved.config))

@@ -13,7 +13,7 @@ from typing import Any
 from miles import environment
 from miles._version import __version__
 from miles.config import ResolvedConfig, config_hash, dump_toml, to_json
-from miles.errors import ExitCode, MilesError
+from miles.errors import ExitCode, MilesError, RunError
 from miles.orchestration.checkpoint_sources import CheckpointSource
 from miles.orchestration.checkpoints import CheckpointStore
 from miles.orchestration.lineage import RESTART, Lineage
@@ -70,9 +70,18 @@ def checkpoint_root(resolved: ResolvedConfig, run_dir: Path) -> Path:
 
 
 def new_run_dir(resolved: ResolvedConfig) -> Path:
-    """A fresh run directory, named after the run, else after its profile."""
-    name = resolved.config.run.name or resolved.profile or "run"
-    return create_run_dir(resolved.config.run.runs_dir or environment.runs_dir(), Path(name).stem)
+    """A fresh run directory, named after the run, else after its profile (a name, or the path of a file).
+
+    Raises RunError when it cannot be made.
+    """
+    name = resolved.config.run.name or Path(resolved.profile or "run").stem
+    if "/" in name:
+        raise RunError(
+            "a run is named by one directory, without a /",
+            where=f"--run-name {name}",
+            fix=f"--run-name {name.rpartition('/')[2]}; where runs go is said by --runs-dir",
+        )
+    return create_run_dir(resolved.config.run.runs_dir or environment.runs_dir(), name)
 
 
 def write_identity(

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from miles.config import ResolvedConfig, from_json
+from miles.config import ResolvedConfig
 from miles.diagnosis.live import LIVE_SETTINGS
-from miles.errors import RunError
-from miles.record import RunLayout
+from miles.orchestration.stored_config import stored_config
 
 CLI, WATCH, RESTART = "cli", "watch", "restart"
 """Who asks for an attempt: a command, the dashboard, or the run itself after it lost a worker."""
@@ -52,10 +51,7 @@ def changed_settings(
 
 def copied_from(parent: Path, resolved: ResolvedConfig, by: str = CLI) -> Lineage:
     """The lineage of a new run made from the run file of `parent`. Raises RunError without a parent."""
-    path = RunLayout(parent).config_json
-    if not path.is_file():
-        raise RunError("the parent run holds no config.json", where=str(parent))
-    before = from_json(path.read_text())
+    before = stored_config(parent)
     keys = {*before.origins, *resolved.origins}
     written = [key for key in sorted(keys) if before.is_explicit(key) or resolved.is_explicit(key)]
     pairs = changed_settings(before, resolved, written)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from miles.config import ResolvedConfig, from_json, parse_sets
+from miles.config import ResolvedConfig, parse_sets
 from miles.errors import RunError
 from miles.orchestration.checkpoint_sources import locate_checkpoint
 from miles.orchestration.checkpoints import CheckpointStore
@@ -13,8 +13,9 @@ from miles.orchestration.job import Job, RunOutcome, checkpoint_root, write_iden
 from miles.orchestration.launch import run_job
 from miles.orchestration.lineage import CLI, Lineage, changed_settings
 from miles.orchestration.observer import Observer, SilentObserver
+from miles.orchestration.stored_config import stored_config
 from miles.planning import Plan
-from miles.record import RunLayout, RunReader, RunStatus
+from miles.record import RunReader, RunStatus
 
 
 def resume(
@@ -44,7 +45,7 @@ def resume(
     source = locate_checkpoint(resolved, observer)
     if checkpoint is not None:
         store.rewind(state.step)
-    before = from_json(RunLayout(run_dir).config_json.read_text())
+    before = stored_config(run_dir)
     keys = [assignment.dotted for assignment in parse_sets(sets)]
     lineage = Lineage(by, changed_settings(before, resolved, keys))
     attempt = max(reader.attempt, 1) + 1

@@ -26,6 +26,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`. Raises RunError when the file is missing, unreadable or not a JSON object."""
+    fix = "put a whole copy back, or move the file away to read the run without it"
     try:
         value = orjson.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -33,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RunError("the file cannot be read", where=str(path), why=str(error.strerror)) from error
     except orjson.JSONDecodeError as error:
-        raise RunError("the file is not valid JSON", where=str(path), why=str(error)) from error
+        raise RunError("the file is not valid JSON", where=str(path), why=str(error), fix=fix) from error
     if not isinstance(value, dict):
-        raise RunError("the file must hold a JSON object", where=str(path))
+        raise RunError("the file must hold a JSON object", where=str(path), fix=fix)
     return restore(value) if NONFINITE in value else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from pathlib import Path
 
@@ -81,11 +82,14 @@ def create_run_dir(runs_dir: str | Path, name: str) -> Path:
                 path.mkdir()
                 break
     except OSError as error:
+        too_long = error.errno == errno.ENAMETOOLONG
         raise RunError(
             "the run directory cannot be created",
             where=str(parent),
             why=str(error.strerror),
-            fix="choose a place you may write to with --runs-dir or MILES_RUNS_DIR",
+            fix="give a shorter --run-name"
+            if too_long
+            else "choose a place you may write to with --runs-dir or MILES_RUNS_DIR",
         ) from error
     RunLayout(path).make()
     return path

@@ -105,10 +105,15 @@ def disk_full(subject: Subject) -> Iterator[Found]:
     plan, machine = subject.checkpoints, subject.facts.machine
     if plan is not None and plan.total_bytes > machine.disk_free_bytes:
         yield Found(
-            f"{plan.kept} checkpoints × {plan.bytes_each / GIB:.2f} GiB, but {machine.disk_path} has "
-            f"{machine.disk_free_bytes / GIB:.2f} GiB free",
+            f"{plan.kept} × {_size(plan.bytes_each)} of checkpoints, but {machine.disk_path} has "
+            f"{_size(machine.disk_free_bytes)} free",
             "checkpoint.save_interval",
         )
+
+
+def _size(number: int) -> str:
+    """MiB below one GiB: small disks and small models are there, too."""
+    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / 1024**2:.1f} MiB"
 
 
 @rule(
