@@ -10,6 +10,7 @@ from miles.config import RunConfig
 from miles.data.prompts import PromptKeys
 from miles.planning.facts.checkpoint import CheckpointFacts, read_checkpoint, read_load_quantisation
 from miles.planning.facts.cluster import ClusterFacts, job_server, read_cluster
+from miles.planning.facts.critic import CriticFacts, read_critic_facts
 from miles.planning.facts.data import DataFacts, DataRequest, prompt_format, read_data
 from miles.planning.facts.draft import DraftFacts, read_draft_facts
 from miles.planning.facts.files import MissingPath, missing_paths
@@ -49,6 +50,8 @@ class Facts:
     """The cluster that the run is to be submitted to."""
     taken_ports: tuple[tuple[str, int], ...] = ()
     """(setting, port) of ports that the run needs and another program has."""
+    critic: CriticFacts | None = None
+    """The critic's checkpoint that the run file names."""
     draft: DraftFacts | None = None
     """The draft checkpoint that the run file names."""
     server: ServerFacts | None = None
@@ -102,6 +105,7 @@ def collect_facts(config: RunConfig, in_cluster: bool = False, assume: Hardware 
         missing=missing_paths(config),
         broken_hooks=broken_hooks(config),
         cluster=cluster,
+        critic=read_critic_facts(config.critic.critic_load, checkpoint.spec),
         draft=read_draft_facts(config.sglang.speculative_draft_model_path, checkpoint.spec),
         taken_ports=() if assume is not None else taken_ports(config),
         server=read_server(config) if config.rollout.backend == "sglang" else None,

@@ -66,7 +66,18 @@ def value_unsupported(subject: Subject) -> Iterator[Found]:
         items = value if isinstance(value, tuple) else (value,)
         if value is not None and not set(items) <= set(supported):
             choices = ", ".join(map(_shown, supported))
-            yield Found(f"{setting} = {_shown(value)}", setting, f"supported today: {choices}")
+            takers = "".join(f"; the {part} takes it" for part in _takers(subject, setting, set(items)))
+            yield Found(f"{setting} = {_shown(value)}", setting, f"supported today: {choices}{takers}")
+
+
+def _takers(subject: Subject, setting: str, items: set[object]) -> Iterator[str]:
+    """Other parts of the kind that has the limit, which take these values. On GPUs nobody is named: which of
+    them runs there depends on more than one setting.
+    """
+    limited = {part.kind for _, part in subject.parts() if setting in part.values and not subject.on_gpus}
+    for part in capabilities().parts.values():
+        if part.kind in limited and part.available and items <= set(part.values.get(setting, ())):
+            yield f"{part.name} {part.kind}"
 
 
 @rule(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from miles.planning.critic import trains_critic
 from miles.planning.findings import Found, Severity
 from miles.planning.formats import QUANTISED
 from miles.planning.rules.rule import rule
@@ -42,6 +43,19 @@ def trainer_starts_quantised(subject: Subject) -> Iterator[Found]:
             "model.ref_load",
             f"point --ref-load to the bf16 checkpoint it was made from; {lost}",
         )
+
+
+@rule(
+    "CRT2",
+    Severity.ERROR,
+    title="the critic's checkpoint does not fit the policy",
+    cause="a critic is built in the policy's form: the same layers, widths and vocabulary, in plain weights",
+    fix="point --critic-load to a checkpoint of that form, or leave it out to start from the policy",
+)
+def critic_misfit(subject: Subject) -> Iterator[Found]:
+    critic = subject.facts.critic
+    if critic is not None and critic.problem and trains_critic(subject.config):
+        yield Found(f"{critic.name}: {critic.problem}", "critic.critic_load")
 
 
 @rule(

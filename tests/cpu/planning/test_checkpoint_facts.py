@@ -17,6 +17,7 @@ from miles.config import RunConfig
 from miles.data.tasks import sort
 from miles.planning.facts import collect_facts
 from miles.planning.facts.checkpoint import read_checkpoint, read_load_quantisation
+from miles.planning.facts.critic import read_critic_facts
 from miles.planning.facts.quantisation import Quantisation, read_quantisation
 from miles.weights.convert import Wanted, convert, open_source, plan_conversion
 
@@ -162,3 +163,27 @@ def test_a_template_that_refuses_the_probe_says_nothing(checkpoint: Path) -> Non
     set_template(checkpoint, "{{ raise_exception('no') }}")
     facts, _ = read_checkpoint(str(checkpoint))
     assert facts.turn_end is None
+
+
+def test_a_critic_starts_from_another_critic_or_from_a_language_model(tmp_path: Path) -> None:
+    policy = spec_from_hf_config(sort.model_config())
+
+    def problem_of(**changes: tuple[int, ...] | None) -> str:
+        """Of the language model's tensors with some added, changed or left out."""
+        shapes = published_tensors(policy) | {name.replace("__", "."): s for name, s in changes.items()}
+        tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if shape is not None}
+        save_file(tensors, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(sort.model_config()))
+        found = read_critic_facts(str(tmp_path), policy)
+        assert found is not None
+        return found.problem
+
+    width = policy.hidden_size
+    assert problem_of() == ""
+    assert problem_of(score__weight=(1, width)) == ""
+    assert "score.weight is [2, " in problem_of(score__weight=(2, width))
+    assert "missing (1): model.norm.weight" in problem_of(model__norm__weight=None)
+    (tmp_path / "model.safetensors").unlink()
+    found = read_critic_facts(str(tmp_path), policy)
+    assert found is not None and found.problem
+    assert read_critic_facts(None, policy) is None

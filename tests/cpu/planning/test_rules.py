@@ -16,6 +16,7 @@ from miles.config import ResolvedConfig, parse_flags, resolve
 from miles.planning import Facts, Severity, collect_facts, preflight
 from miles.planning.facts.cluster import ClusterFacts
 from miles.planning.facts.compiler import CompilerFacts
+from miles.planning.facts.critic import CriticFacts
 from miles.planning.facts.data import DataFacts
 from miles.planning.facts.draft import DraftFacts
 from miles.planning.facts.files import MissingPath
@@ -68,6 +69,10 @@ def prompts(**changes: Any) -> Change:
 
 def machine(**changes: Any) -> Change:
     return lambda facts: replace(facts, machine=replace(facts.machine, **changes))
+
+
+def critic(problem: str) -> Change:
+    return lambda facts: replace(facts, critic=CriticFacts("/models/critic", problem))
 
 
 def shell(**variables: str) -> Change:
@@ -295,6 +300,10 @@ CASES: dict[str, tuple[Case, Case]] = {
     "ALN2": (
         Case("--no-use-rollout-routing-replay"),
         Case("--no-use-rollout-routing-replay", facts=dense),
+    ),
+    "CRT2": (
+        Case("--advantage-estimator ppo", facts=critic("missing (1): model.norm.weight")),
+        Case("--advantage-estimator ppo", facts=critic("")),
     ),
     "CRT1": (
         Case("--advantage-estimator ppo --num-critic-only-steps 100"),
@@ -814,6 +823,14 @@ def test_an_explicit_gpu_count_is_refused_even_when_it_is_the_default(resolved: 
     assert [(finding.rule, finding.setting) for finding in findings] == [
         ("CAP2", "cluster.actor_num_gpus_per_node")
     ]
+
+
+def test_a_refused_value_names_the_part_that_takes_it(resolved: Make, facts: Facts) -> None:
+    findings = preflight(
+        resolved("--advantage-estimator ppo --train-backend megatron --actor-num-gpus-per-node 0"), facts
+    )
+    (fix,) = [f.fix for f in findings if (f.rule, f.setting) == ("CAP2", "algorithm.advantage_estimator")]
+    assert fix.endswith("; the native trainer takes it") and '"ppo"' not in fix
 
 
 def test_the_mtp_refusal_names_the_convert_command(resolved: Make, facts: Facts) -> None:
