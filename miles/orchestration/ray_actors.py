@@ -1,16 +1,13 @@
-"""What runs inside the worker processes: the same trainer, engine and scorer as everywhere, around a seat.
+"""What runs inside the worker processes: the same trainer and engine as everywhere, around a seat.
 
 The classes are plain; `ray_handles` makes actors of them. Each process has one event loop, one log and one
-record file of its own.
+record file of its own. `reward_actor` is apart: judging needs no torch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +15,8 @@ from miles.data.sample import Sample
 from miles.errors import MilesError
 from miles.orchestration import assemble, workers
 from miles.orchestration.local_weights import weight_sender
-from miles.orchestration.rewarding import failures_of, scorer_of
+from miles.orchestration.posts import Post, take_post, whereabouts
+from miles.orchestration.reward_actor import RewardActor
 from miles.orchestration.route_wire import pack_answer, unpack_samples
 from miles.orchestration.run_model import run_model
 from miles.orchestration.sglang_crew import SharedGpus, make_server, start_server
@@ -26,7 +24,7 @@ from miles.orchestration.sglang_servers import TensorPacket
 from miles.orchestration.turns import Held
 from miles.orchestration.weight_packets import Manifest, Weights, pack, unpack, verify
 from miles.orchestration.weight_sync import weights_for_engine
-from miles.record import RecordWriter, RunLayout
+from miles.record import RecordWriter
 from miles.rollout.engine import EngineHealth, GenerateRequest
 from miles.rollout.sglang.control import MemoryTag
 from miles.rollout.sglang.ipc_payload import encode_handles
@@ -39,53 +37,13 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
     from miles.orchestration.engine_pool import Answer
-    from miles.orchestration.job import Job
     from miles.training.native.process_group import DataParallel
 
 
-@dataclass(frozen=True)
-class Post:
-    """What a worker process must know of its place: its name in logs and records, and where to work."""
-
-    name: str
-    job: Job
-    cwd: str
-    gpus: tuple[str, ...] = ()
-    """Numbers of the GPUs on its node that an engine shares with a trainer; empty: those that Ray gives."""
-    server_args: Mapping[str, Any] = field(default_factory=dict)
-    """Of a server that is a part of a larger one, beside the arguments of the plan."""
-
-
-def take_post(post: Post) -> RecordWriter:
-    """Make this process the named worker: directory, log, threads, record and heartbeat."""
-    if Path(post.cwd).is_dir():
-        os.chdir(post.cwd)
-    job = post.job
-    layout = RunLayout(job.run_dir)
-    layout.make()
-    _log_to(layout.logs_dir / f"{post.name}.log")
-    workers.settle_process(job.plan.threads.count)
-    beat = job.resolved.config.record.heartbeat_interval
-    record = RecordWriter(job.run_dir, writer=post.name, attempt=job.attempt, heartbeat_interval=beat)
-    record.event("worker_start", worker=post.name, pid=os.getpid())
-    return record
-
-
-def _log_to(path: Path) -> None:
-    """Send everything this process prints into its own log."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-
-
-def whereabouts() -> tuple[int, str]:
-    """The id of this process, and Ray's id of the node that it runs on."""
-    import ray
-
-    return os.getpid(), str(ray.get_runtime_context().get_node_id())
+def settled(post: Post) -> RecordWriter:
+    """Make this process the named worker, and give it its share of the machine."""
+    workers.settle_process(post.job.plan.threads.count)
+    return take_post(post)
 
 
 def _address() -> str:
@@ -98,7 +56,7 @@ class TrainerActor:
     """One trainer rank. It serves after `join`."""
 
     def __init__(self, post: Post) -> None:
-        self._post, self._record = post, take_post(post)
+        self._post, self._record = post, settled(post)
         self._store: TCPStore | None = None
         self._handles: Iterator[tuple[Bucket, bool]] | None = None
         self._lent: Bucket = []
@@ -245,7 +203,7 @@ class EngineActor:
     """One engine."""
 
     def __init__(self, post: Post) -> None:
-        self._record = take_post(post)
+        self._record = settled(post)
         job = post.job
         self._engine = workers.build_engine(job, run_model(job.resolved.config, job.source))
 
@@ -286,7 +244,7 @@ class ServerActor:
     """One SGLang server, started on the node of this process or attached to; the methods of `EngineActor`."""
 
     def __init__(self, post: Post) -> None:
-        self._record = take_post(post)
+        self._record = settled(post)
         job, rank = post.job, int(post.name.rpartition("-")[2])
         addresses = job.resolved.config.rollout.rollout_external_engine_addrs
         spec = run_model(job.resolved.config, job.source)
@@ -367,37 +325,13 @@ class ServerPartActor:
     """The part of a server on one of its further nodes; the first one answers for all."""
 
     def __init__(self, post: Post) -> None:
-        self._record = take_post(post)
+        self._record = settled(post)
         rank = int(post.name.rpartition("-")[2])
         shared = SharedGpus(post.gpus, post.server_args)
         self._process = start_server(post.job, f"server-{post.name}", rank, shared)
 
     async def ready(self) -> tuple[int, str]:
         return whereabouts()
-
-
-class RewardActor:
-    """One process that judges responses."""
-
-    def __init__(self, post: Post) -> None:
-        self._record = take_post(post)
-        config = post.job.resolved.config
-        reward = config.reward
-        self._training = scorer_of(config, reward.reward_key)
-        self._evaluation = scorer_of(config, reward.eval_reward_key or reward.reward_key)
-
-    async def ready(self) -> tuple[int, str]:
-        """The process id, and the id of its node."""
-        return whereabouts()
-
-    async def score(
-        self, samples: Sequence[Sample], evaluation: bool
-    ) -> tuple[list[Sample], list[tuple[str, int, str]]]:
-        """The samples as the reward function left them, and the rewards that could not be computed."""
-        scorer = self._evaluation if evaluation else self._training
-        with self._record.busy("reward"):
-            report = await scorer.score(samples)
-        return list(samples), failures_of(report)
 
 
 ACTORS: dict[str, type[Any]] = {

@@ -18,7 +18,8 @@ from miles.orchestration.engine_pool import EnginePool, RemoteEngine
 from miles.orchestration.handle_weights import HandleWeights
 from miles.orchestration.job import Job
 from miles.orchestration.observer import Observer
-from miles.orchestration.ray_actors import ACTORS, Post
+from miles.orchestration.posts import Post
+from miles.orchestration.ray_actors import ACTORS
 from miles.orchestration.ray_runtime import RayRuntime
 from miles.orchestration.rewarding import record_failures
 from miles.orchestration.run_model import run_model

@@ -83,6 +83,8 @@ class RayRuntime:
                 num_gpus=None if plan.device == "cuda" else 0,
                 object_store_memory=_STORE_BYTES + _VERSIONS_HELD * _weight_bytes(plan),
                 include_dashboard=False,
+                # Each worker is started with the environment of the plan; others would only be thrown away.
+                _system_config={"prestart_worker_first_driver": False},
                 _temp_dir=self._temp_dir,
                 **common,
             )

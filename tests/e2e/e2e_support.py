@@ -94,7 +94,7 @@ class Cli:
         while not condition():
             assert process.poll() is None, f"ended early: {process.communicate()}"
             assert time.monotonic() < deadline, f"it did not happen within {PATIENCE_S:g} s"
-            time.sleep(0.02)
+            time.sleep(0.05)
 
 
 def metrics_of(run: Path) -> dict[int, dict[str, float]]:
