@@ -17,7 +17,16 @@ from miles.planning.hardware import GIB, GPUS_PER_NODE, Hardware, gpu_kinds
 from miles.planning.layout import Layout
 from miles.planning.model_shape import ModelShape, model_shape
 from miles.planning.scale import ScalePlan, ScaleRequest, nearest_that_fits, plan_scale
-from miles.planning.sync_cost import NETWORK_BYTES, NVLINK_BYTES, PUBLISHED, SyncShape, Transport, sync_cost
+from miles.planning.sync_cost import (
+    CHUNK_BYTES,
+    NETWORK_BYTES,
+    NVLINK_BYTES,
+    PUBLISHED,
+    SyncShape,
+    Transport,
+    fan_out,
+    sync_cost,
+)
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 TRANSPORTS: tuple[Transport, ...] = ("broadcast", "point-to-point", "colocated")
@@ -81,7 +90,7 @@ def scale_page() -> str:
     lines = [_PREAMBLE]
     for study in STUDIES:
         lines += _study(study)
-    return "\n".join([*lines, *_published()]) + "\n"
+    return "\n".join([*lines, *_one_group(), *_published()]) + "\n"
 
 
 def _study(study: Study) -> Iterator[str]:
@@ -159,6 +168,35 @@ def plan_at(study: Study, gpus: int) -> ScalePlan | None:
 
 def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value < 1 else f"{value:.1f} s"
+
+
+def _one_group() -> Iterator[str]:
+    """Why there is one group of trainer and servers, and no tree of servers that pass weights on."""
+    yield "## One group, and no tree of our own\n"
+    yield (
+        "`--update-weight-transfer-mode broadcast` sends from the trainer's first rank to one group of all "
+        "engine GPUs. NCCL broadcasts along a ring and nothing else (`ncclTopoTuneModel` in its tuning.cc), "
+        "so every adapter carries the model once, however many servers there are; the price is that a bucket "
+        f"has arrived when its last chunk ({CHUNK_BYTES / 1024:.0f} KiB) has gone round. A tree built of "
+        "servers could save at most that difference between the two ring columns and the bound, which larger "
+        "buckets (`--update-weight-buffer-size`) save as well, and every inner server would send twice. What "
+        "bounds the update is the gather: the first rank receives bf16, and sends FP8. gloo broadcasts along "
+        "a binomial tree already. At 1,024 GPUs, of which half sample:\n"
+    )
+    yield (
+        "| model | servers | gather to the first rank | a group per server | gloo's tree | "
+        "NCCL's ring, 512 MiB buckets | 2 GiB buckets | bound: once through an adapter |"
+    )
+    yield f"|{'---|' * 8}"
+    for study in STUDIES:
+        plan = plan_at(study, 512)
+        assert plan is not None, "every study fits 512 GPUs"
+        sync = sync_shape(study, model_shape(study.spec), plan.layout)
+        small, large = fan_out(sync, 512 * 1024**2), fan_out(sync, 2 * 1024**3)
+        ways = (small.gathered, small.per_server, small.binomial, small.ring, large.ring)
+        seconds = [_seconds(way) for way in (*ways, sync.wire_bytes / NETWORK_BYTES)]
+        yield f"| {study.title.partition(':')[0]} | {sync.engines} | " + " | ".join(seconds) + " |"
+    yield ""
 
 
 def _published() -> Iterator[str]:

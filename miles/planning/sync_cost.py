@@ -6,6 +6,7 @@ measured of other systems lies between one and two and a half times above it (`P
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -128,6 +129,41 @@ def _colocated(shape: SyncShape) -> Iterator[LinkLoad]:
 def _ranks_of_one_copy(layout: Layout) -> int:
     """Ranks that together hold every weight once."""
     return layout.pp * max(layout.tp, layout.ep * layout.etp)
+
+
+CHUNK_BYTES = 4 * 1024**2 // 8
+"""What NCCL's ring passes on at once: one of the eight steps of its 4 MiB buffer."""
+
+
+@dataclass(frozen=True)
+class FanOut:
+    """Seconds of an update that leaves the trainer by its first rank alone, as miles' own broadcast does.
+
+    gathered: that rank receives what its node does not hold. Then its adapter sends the model to a group of
+    each server in turn (`per_server`), along gloo's binomial tree (`binomial`: one copy for each doubling of
+    the ranks), or along NCCL's ring (`ring`: once, and a bucket has arrived when its last chunk has gone
+    round).
+    """
+
+    gathered: float
+    per_server: float
+    binomial: float
+    ring: float
+
+
+def fan_out(shape: SyncShape, bucket_bytes: int) -> FanOut:
+    """The ways from one rank to all engine GPUs; links as in `sync_cost`."""
+    once = shape.wire_bytes / NETWORK_BYTES
+    ranks = 1 + shape.engines * shape.gpus_per_engine
+    held = min(1.0, shape.gpus_per_node / _ranks_of_one_copy(shape.layout))
+    between = math.ceil(ranks / shape.gpus_per_node)
+    round_s = CHUNK_BYTES * (between / NETWORK_BYTES + (ranks - between) / NVLINK_BYTES)
+    return FanOut(
+        gathered=shape.model.stored_bytes(shape.plain) * (1 - held) / NETWORK_BYTES,
+        per_server=once * shape.engines,
+        binomial=once * math.ceil(math.log2(ranks)),
+        ring=once + math.ceil(shape.wire_bytes / bucket_bytes) * round_s,
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from miles.arch.specs import shipped_spec
 from miles.planning.layout import Layout
 from miles.planning.model_shape import model_shape
 from miles.planning.scale_page import STUDIES, plan_at, scale_page
-from miles.planning.sync_cost import NETWORK_BYTES, PUBLISHED, SyncShape, sync_cost
+from miles.planning.sync_cost import NETWORK_BYTES, PUBLISHED, SyncShape, fan_out, sync_cost
 
 MODEL = model_shape(shipped_spec("qwen3-30b-a3b"))
 SHAPE = SyncShape(MODEL, Layout(world=16, pp=4, ep=4), "bf16", "bf16", engines=2, gpus_per_engine=8)
@@ -36,6 +36,21 @@ def test_point_to_point_gives_it_its_part() -> None:
 def test_more_engines_than_trainers_make_sending_the_slowest_part() -> None:
     many = replace(SHAPE, engines=32)
     assert sync_cost(many, "point-to-point").slowest.what == "every trainer GPU sends its share"
+
+
+def test_a_ring_carries_the_model_once_however_many_servers_there_are() -> None:
+    """A group of each server costs the sender a copy for each, gloo's tree one for each doubling."""
+    few, many = (fan_out(replace(SHAPE, engines=engines), 2 * 1024**3) for engines in (2, 64))
+    once = SHAPE.wire_bytes / NETWORK_BYTES
+    assert (few.per_server, many.per_server) == (2 * once, 64 * once)
+    assert (few.binomial, many.binomial) == (5 * once, 10 * once)
+    assert few.ring < many.ring < 1.06 * once
+    assert fan_out(SHAPE, 1024**2).ring > 2 * few.ring, "a bucket is there when its last chunk went round"
+
+
+def test_the_first_rank_gathers_what_its_node_does_not_hold() -> None:
+    assert fan_out(replace(SHAPE, layout=Layout(world=8, ep=8)), 1024**3).gathered == 0
+    assert fan_out(SHAPE, 1024**3).gathered == pytest.approx(MODEL.stored_bytes("bf16") / 2 / NETWORK_BYTES)
 
 
 def test_gathering_follows_the_layout() -> None:
