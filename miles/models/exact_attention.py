@@ -29,62 +29,24 @@ from torch import Tensor
 
 from miles.arch.spec import AttentionSpec
 from miles.models.attention import chunk_rows, prompt_rows
-from miles.models.invariant import bmm, softmax
+from miles.models.exact_sparse import Index, attend_to_choice
+from miles.models.exact_sums import (
+    QUERY_STEP,
+    first_key,
+    padded_keys,
+    probabilities,
+    scores_of,
+    weighted_values,
+)
+from miles.models.invariant import softmax
 from miles.models.kv_cache import KVCache
-from miles.models.softcap import softcap_slope, softcapped
+from miles.models.softcap import softcap_slope
 from miles.models.token_grid import TokenGrid
-from miles.models.visible import additive_mask, first_seen
+from miles.models.visible import additive_mask
 
-KEY_STEP = 16
-"""Keys are padded to a whole number of these: the width of the widest vector registers."""
-KEY_BLOCK = 128
-"""Keys whose values are summed by one product."""
-QUERY_STEP = 8
-"""Packed queries come in whole steps, so `min_queries` up to this costs nothing there."""
 QUERY_BLOCK = 128
 SCORE_ELEMENTS = 1 << 20
 """Scores held at once: 4 MiB in fp32, held by a cache until their last use."""
-CUDA_LANES = 1024
-"""Running sums in which softmax adds a row on CUDA."""
-
-
-def padded_keys(count: int) -> int:
-    """Width to which `count` keys are padded."""
-    return -(-count // KEY_STEP) * KEY_STEP
-
-
-def first_key(spec: AttentionSpec, position: int, device: torch.device) -> int:
-    """Keys before this one are left out for queries from `position` on: a whole number of blocks of the sum
-    over values, and of the lanes of the softmax."""
-    step = KEY_BLOCK if device.type == "cpu" else CUDA_LANES
-    return first_seen(spec, position) // step * step
-
-
-def scores_of(q: Tensor, k: Tensor, softcap: float | None) -> Tensor:
-    """Scaled queries q [B, M, d] against k [B, S, d] in fp32, see `AttentionSpec.softcap`: [B, M, S]."""
-    return softcapped(bmm(q, k.transpose(1, 2)), softcap)
-
-
-def probabilities(scores: Tensor, masked_from: int, mask: Tensor) -> Tensor:
-    """softmax(scores + mask) of fp32 scores [B, M, S], which are written over.
-
-    Args:
-        mask: 0 or -inf, added to the keys from `masked_from` on; broadcast to [B, M, S - masked_from].
-    """
-    scores[..., masked_from:].add_(mask)
-    return softmax(scores)
-
-
-def weighted_values(p: Tensor, v: Tensor) -> Tensor:
-    """p [B, M, S] @ v [B, S, d], block after block, all in fp32."""
-    num_keys = v.shape[1]
-    if num_keys <= KEY_BLOCK:
-        return bmm(p, v)
-    total = bmm(p[..., :KEY_BLOCK], v[:, :KEY_BLOCK])
-    for start in range(KEY_BLOCK, num_keys, KEY_BLOCK):
-        block = slice(start, start + KEY_BLOCK)
-        total += bmm(p[..., block], v[:, block])
-    return total
 
 
 class ExactCachedAttention:
@@ -118,6 +80,17 @@ class ExactCachedAttention:
         softmax(scores[:, :, :groups] + mask, out=p.own)
         out = weighted_values(p.read, values)
         return out[:, :groups].reshape(n, spec.query_width).to(q.dtype)
+
+    def attend_sparse(
+        self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """See `sparse_attention.SparseAttention`."""
+        cache = self._cache
+        cache.write(layer, self._rows, rows, rows)
+        held = cache.keys[layer, : self.num_sequences, 0, : self.num_keys]
+        mask = self._keys_seen(spec)[1][:, 0]
+        queries, index, weights = (x.unsqueeze(2) for x in (q, index_q, index_weights))
+        return attend_to_choice(queries, held, mask, index, weights, spec, self._min_queries).flatten(1)
 
     def _keys_seen(self, spec: AttentionSpec) -> tuple[int, Tensor]:
         """The first key that is read, and the mask [n, 1, 1, keys] of those from it on."""
@@ -173,6 +146,24 @@ class ExactChunkAttention:
         ]
         return torch.cat(blocks).to(q.dtype)
 
+    def attend_sparse(
+        self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """See `sparse_attention.SparseAttention`."""
+        cache, first = self._cache, self._start
+        cache.write(layer, self._rows, rows, rows)
+        blocks = []
+        for start in range(first, self._stop, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, self._stop)
+            positions = torch.arange(padded_keys(stop), device=q.device)
+            mask = additive_mask(spec, positions[start:stop].unsqueeze(1), positions)
+            held = cache.keys[layer, self._slot, 0, : len(positions)]
+            queries, index = (x[start - first : stop - first].transpose(0, 1) for x in (q, index_q))
+            weights = index_weights[start - first : stop - first].t()
+            out = attend_to_choice(queries[None], held[None], mask[None], index[None], weights[None], spec)
+            blocks.append(out[0].transpose(0, 1).flatten(1))
+        return torch.cat(blocks)
+
     def _block(self, layer: int, queries: Tensor, start: int, stop: int, spec: AttentionSpec) -> Tensor:
         """Queries at positions start..stop-1 of the chunk's queries [T, H, d] -> [stop - start, H * d]."""
         kv_heads, height = self._cache.num_kv_heads, stop - start
@@ -206,13 +197,37 @@ class ExactPackedAttention:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         if self._cache is not None:
             self._cache.write(layer, self._cache_rows, k, v)
-        longest = self._lengths[0]
-        queries = q.float() * spec.head_dim**-0.5
-        queries = self._grid.lay_out(queries, -(-longest // QUERY_STEP) * QUERY_STEP)
-        keys, values = (self._grid.lay_out(x.float(), padded_keys(longest)) for x in (k, v))
-        return self._grid.flatten(_CausalBlocks.apply(queries, keys, values, self, spec)).to(q.dtype)
+        return self._attend(q, k, v, spec, None)
 
-    def blocks(self, q: Tensor, k: Tensor, spec: AttentionSpec) -> Iterator[_Block]:
+    def attend_sparse(
+        self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """See `sparse_attention.SparseAttention`."""
+        if self._cache is not None:
+            self._cache.write(layer, self._cache_rows, rows, rows)
+        assert spec.indexer is not None
+        keys, index_keys = rows.split((spec.head_dim, spec.indexer.head_dim), -1)
+        index = Index(
+            self._of_queries(index_q),
+            self._of_keys(index_keys).squeeze(1),
+            self._of_queries(index_weights.unsqueeze(-1)).squeeze(-1),
+        )
+        return self._attend(q, keys, keys, spec, index)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, index: Index | None) -> Tensor:
+        queries = self._of_queries(q.float() * spec.head_dim**-0.5)
+        out = _CausalBlocks.apply(queries, self._of_keys(k), self._of_keys(v), self, spec, index)
+        return self._grid.flatten(out).to(q.dtype)
+
+    def _of_queries(self, x: Tensor) -> Tensor:
+        """x [T, H, d] of tokens that ask -> fp32 [N, H, L, d], L a whole number of steps."""
+        return self._grid.lay_out(x.float(), -(-self._lengths[0] // QUERY_STEP) * QUERY_STEP)
+
+    def _of_keys(self, x: Tensor) -> Tensor:
+        """x [T, H, d] of tokens that are seen -> fp32 [N, H, S, d]."""
+        return self._grid.lay_out(x.float(), padded_keys(self._lengths[0]))
+
+    def blocks(self, q: Tensor, k: Tensor, spec: AttentionSpec, index: Index | None) -> Iterator[_Block]:
         """The query blocks of grids q [N, H, L, d] and k [N, Hkv, S, d]."""
         num_queries, kv_heads = q.shape[2], k.shape[1]
         groups = q.shape[1] // kv_heads
@@ -222,6 +237,14 @@ class ExactPackedAttention:
             stop = min(start + height, num_queries)
             keys = min(padded_keys(stop), k.shape[2])
             reaching = sum(length > start for length in self._lengths)
+            if index is not None:
+                assert spec.indexer is not None
+                mask = self._mask(q, 1, stop - start, keys - start)
+                mask = F.pad(mask, (start, 0)).unsqueeze(0)
+                part = index.part(reaching, slice(start, stop), keys)
+                chosen = part.choice(mask, spec.indexer).repeat(1, groups, 1)
+                yield _Block(slice(start, stop), slice(0, keys), reaching, 0, chosen)
+                continue
             if spec.extent == (None, None):
                 mask = self._mask(q, groups, stop - start, keys - start)
                 yield _Block(slice(start, stop), slice(0, keys), reaching, start, mask)
@@ -276,24 +299,30 @@ class _CausalBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: ExactPackedAttention, spec: AttentionSpec
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: ExactPackedAttention,
+        spec: AttentionSpec,
+        index: Index | None,
     ) -> Tensor:
         out, p, count = torch.zeros_like(q), None, 0
-        for block in plan.blocks(q, k, spec):
+        for block in plan.blocks(q, k, spec, index):
             scores = scores_of(block.queries(q, k.shape[1]), block.seen(k), spec.softcap)
             p = probabilities(scores, block.masked_from, block.mask)
             block.put(out, weighted_values(p, block.seen(v)))
             count += 1
         ctx.save_for_backward(q, k, v, p if count == 1 else None)
-        ctx.plan, ctx.spec = plan, spec
+        ctx.plan, ctx.spec, ctx.index = plan, spec, index
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, only = ctx.saved_tensors
         kv_heads, cap = k.shape[1], ctx.spec.softcap
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
-        for block in ctx.plan.blocks(q, k, ctx.spec):
+        for block in ctx.plan.blocks(q, k, ctx.spec, ctx.index):
             q_BMd, grad_BMd = block.queries(q, kv_heads), block.queries(grad, kv_heads)
             k_BSd, v_BSd = block.seen(k), block.seen(v)
             p, slope = only, None
@@ -308,4 +337,4 @@ class _CausalBlocks(torch.autograd.Function):
             block.put(grad_q, torch.bmm(grad_scores, k_BSd))
             block.add(grad_k, torch.bmm(grad_scores.transpose(1, 2), q_BMd))
             block.add(grad_v, torch.bmm(p.transpose(1, 2), grad_BMd))
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None, None, None

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from miles.arch.spec import AttentionSpec
-from miles.models.exact_attention import QUERY_STEP, ExactPackedAttention, padded_keys, weighted_values
+from miles.models.exact_attention import ExactPackedAttention
+from miles.models.exact_sums import QUERY_STEP, padded_keys, weighted_values
 from miles.models.token_grid import TokenGrid
 
 

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from miles.arch.exactness import exact_obstacle
 from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, MoeSpec
 from miles.models.decoder import Decoder
-from miles.models.exact_attention import QUERY_STEP
+from miles.models.exact_sums import QUERY_STEP
 from miles.models.experts import routed_experts, scaled_inputs
 from miles.models.logprob import scaled_log_softmax
 from miles.models.norm import rms_norm
@@ -32,7 +33,8 @@ MIN_QUERIES = (1, 2, 4, QUERY_STEP)
 MOST_EXPERTS = 8
 """Experts of the model that is tried as a whole."""
 SHORT_EXTENT = 25
-"""Tokens of a window or chunk, in attention and in a model that are tried: sequences there are short."""
+"""Tokens that are seen in a window or chunk, or chosen, in attention and in a model that are tried: sequences
+there are short."""
 
 RowOperation = Callable[[Tensor], Tensor]
 
@@ -107,6 +109,8 @@ class _Probe:
         yield "rms norm", spec.hidden_size, lambda x: rms_norm(x, weight, eps, plus_one)
         cap = spec.logit_softcap
         yield "log-softmax", spec.vocab_size, lambda x: scaled_log_softmax(softcapped(x, cap), 0.9)
+        for width in {x.attention.indexer.head_dim for x in spec.layers if x.attention.indexer}:
+            yield "layer norm", width, lambda x: F.layer_norm(x, x.shape[-1:])
         for mlp in dict.fromkeys(layer.mlp for layer in spec.layers):
             if isinstance(mlp, DenseMlpSpec) and mlp.activation == "gelu_tanh":
                 yield "geglu", 2 * mlp.intermediate_size, numerics.geglu
@@ -150,15 +154,27 @@ def _kinds_of_attention(spec: ArchSpec) -> Iterator[AttentionSpec]:
     kinds = {}
     for layer in spec.layers:
         attention = _short(layer.attention)
-        heads = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        kinds[heads, attention.extent, attention.softcap] = attention
+        for kind in (replace(attention, indexer=None), *_of_indexer(attention)):
+            heads = kind.num_heads, kind.num_kv_heads, kind.head_dim
+            kinds[heads, kind.extent, kind.softcap] = kind
     yield from kinds.values()
 
 
+def _of_indexer(attention: AttentionSpec) -> Iterator[AttentionSpec]:
+    """The products of the indexer are those of an attention over one head of keys."""
+    indexer = attention.indexer
+    if indexer is not None:
+        heads, width = indexer.num_heads, indexer.head_dim
+        yield replace(attention, num_heads=heads, num_kv_heads=1, head_dim=width, latent=None, indexer=None)
+
+
 def _short(attention: AttentionSpec) -> AttentionSpec:
-    """The same with a window or chunk that short sequences cross."""
+    """The same with a window or chunk, or a choice of keys, that short sequences outgrow."""
     window, chunk = (None if extent is None else min(extent, SHORT_EXTENT) for extent in attention.extent)
-    return replace(attention, window=window, chunk=chunk)
+    indexer = attention.indexer
+    if indexer is not None:
+        indexer = replace(indexer, top_k=min(indexer.top_k, SHORT_EXTENT))
+    return replace(attention, window=window, chunk=chunk, indexer=indexer)
 
 
 def _smallest(spec: ArchSpec) -> ArchSpec:
@@ -205,6 +221,11 @@ def _attention_matrices(attention: AttentionSpec, hidden: int) -> Iterator[tuple
     yield latent.kv_rank, latent.plain_dim
     yield latent.value_dim, latent.kv_rank
     yield hidden, heads * latent.value_dim
+    if attention.indexer is not None:
+        indexer = attention.indexer
+        yield indexer.num_heads * indexer.head_dim, latent.query_rank or hidden
+        yield indexer.head_dim, hidden
+        yield indexer.num_heads, hidden
 
 
 def _varies(operation: RowOperation, rows: Tensor) -> bool:

@@ -25,14 +25,9 @@ from miles.arch.spec import AttentionSpec, Scoring
 from miles.models import experts, geglu, norm, rotary
 from miles.models import swiglu as activation
 from miles.models.attention import Attention, CachedAttention, ChunkAttention, PackedAttention
-from miles.models.exact_attention import (
-    KEY_BLOCK,
-    ExactCachedAttention,
-    ExactChunkAttention,
-    ExactPackedAttention,
-    padded_keys,
-)
+from miles.models.exact_attention import ExactCachedAttention, ExactChunkAttention, ExactPackedAttention
 from miles.models.exact_prefix import ExactPrefixAttention
+from miles.models.exact_sums import KEY_BLOCK, padded_keys
 from miles.models.kv_cache import KVCache
 from miles.models.logprob import scaled_log_softmax
 from miles.models.prefix_attention import PrefixAttention

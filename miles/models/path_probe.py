@@ -14,7 +14,8 @@ from torch import Tensor
 
 from miles.arch.spec import ArchSpec, AttentionSpec
 from miles.models.decoder import Decoder
-from miles.models.exact_attention import KEY_BLOCK, KEY_STEP, QUERY_BLOCK, QUERY_STEP, padded_keys
+from miles.models.exact_attention import QUERY_BLOCK
+from miles.models.exact_sums import KEY_BLOCK, KEY_STEP, QUERY_STEP, padded_keys
 from miles.models.invariant import bmm
 from miles.models.kv_cache import KVCache
 from miles.models.numerics import ExactNumerics

@@ -20,7 +20,8 @@ from torch import Tensor
 from miles.arch.spec import AttentionSpec
 from miles.models import visible
 from miles.models.attention import KEY_BLOCK
-from miles.models.exact_attention import QUERY_STEP, padded_keys, probabilities, scores_of, weighted_values
+from miles.models.exact_sparse import attend_to_choice
+from miles.models.exact_sums import QUERY_STEP, padded_keys, probabilities, scores_of, weighted_values
 from miles.models.kv_cache import KVCache
 from miles.models.softcap import softcapped
 from miles.models.sparse_attention import attend_to_chosen
@@ -83,6 +84,8 @@ class TreeNodes:
 class TreeAttention:
     """The nodes of every slot together, against the slot's columns."""
 
+    _attend_to_chosen = staticmethod(attend_to_chosen)
+
     def __init__(self, cache: KVCache, nodes: TreeNodes) -> None:
         assert nodes.num_columns <= cache.max_len, "the guesses outgrow their cache slot"
         self._cache, self._nodes = cache, nodes
@@ -120,7 +123,7 @@ class TreeAttention:
             return laid.view(n, width, *x.shape[1:]).transpose(1, 2)
 
         weights = grid(index_weights.unsqueeze(-1)).squeeze(-1)
-        out = attend_to_chosen(grid(q), held, mask, grid(index_q), weights, spec)
+        out = self._attend_to_chosen(grid(q), held, mask, grid(index_q), weights, spec)
         return out.transpose(1, 2).reshape(n * width, -1).index_select(0, self._nodes.cells)
 
     def _grids(self, layer: int, q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,6 +148,8 @@ class ExactChainAttention(TreeAttention):
 
     A chain's columns are its positions, so each node's keys stand where a plain decode has them.
     """
+
+    _attend_to_chosen = staticmethod(attend_to_choice)
 
     def __init__(self, cache: KVCache, nodes: TreeNodes) -> None:
         assert nodes.is_chain
@@ -193,6 +198,18 @@ class ExactTreeAttention:
         mask = self._mask(spec).repeat_interleave(spec.num_kv_heads, 0)
         out = weighted_values(probabilities(scores_of(queries, keys, spec.softcap), 0, mask), values)
         return out[:, :groups].reshape(num_nodes, spec.query_width).to(q.dtype)
+
+    def attend_sparse(
+        self, layer: int, q: Tensor, rows: Tensor, index_q: Tensor, index_weights: Tensor, spec: AttentionSpec
+    ) -> Tensor:
+        """See `sparse_attention.SparseAttention`."""
+        cache = self._cache
+        cache.write(layer, self._rows, rows, rows)
+        held = cache.keys[layer].view(-1, spec.cache_dim).index_select(0, self._path_rows)
+        held = held.view(len(q), self._num_keys, -1)
+        queries, index, weights = (x.unsqueeze(2) for x in (q, index_q, index_weights))
+        least = self._min_queries
+        return attend_to_choice(queries, held, self._mask(spec), index, weights, spec, least).flatten(1)
 
     def _mask(self, spec: AttentionSpec) -> Tensor:
         """[T, 1, S] of keys in the order of positions."""

@@ -52,7 +52,7 @@ def test_every_step_of_a_run_is_exactly_on_policy(
     assert ("compiled" in told["rows"]) == (compiled and dtype == "fp32")
 
 
-@pytest.mark.parametrize("model", ["gemma-2-2b", "gemma-3-1b", "llama-4-scout-17b-16e"])
+@pytest.mark.parametrize("model", ["deepseek-v3.2", "gemma-2-2b", "gemma-3-1b", "llama-4-scout-17b-16e"])
 def test_other_families_are_exactly_on_policy(
     model: str, cli: Cli, warm_checkpoint: Path, tmp_path: Path
 ) -> None:

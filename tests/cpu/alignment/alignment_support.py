@@ -15,6 +15,7 @@ from miles.arch.spec import (
     ArchSpec,
     AttentionSpec,
     DenseMlpSpec,
+    IndexerSpec,
     LatentSpec,
     LayerSpec,
     LinearScaling,
@@ -119,6 +120,14 @@ def _llama4() -> ArchSpec:
     return replace(spec, family="llama4_text", architecture="Llama4ForCausalLM", layers=layers)
 
 
+def _deepseek_v32() -> ArchSpec:
+    """The best 20 keys of an indexer, whose heads often all say nothing of a key."""
+    spec = _deepseek_v3()
+    attention = replace(spec.layers[0].attention, indexer=IndexerSpec(num_heads=3, head_dim=12, top_k=20))
+    layers = tuple(replace(layer, attention=attention) for layer in spec.layers * 2)
+    return replace(spec, family="deepseek_v32", architecture="DeepseekV32ForCausalLM", layers=layers)
+
+
 SPECS = {
     "the quickstart's experts": make_spec(64, (4, 2, 16), MoeSpec(8, 2, 64, norm_topk_prob=True), 55),
     "odd widths": make_spec(40, (6, 2, 8), MoeSpec(6, 3, 20, norm_topk_prob=True), 37, layers=3),
@@ -127,6 +136,7 @@ SPECS = {
     "glm4_moe": _glm4_moe(),
     "minimax_m2": _minimax_m2(),
     "deepseek_v3": _deepseek_v3(),
+    "deepseek_v32": _deepseek_v32(),
     "gemma2": _gemma2(),
     "gemma3": _gemma3(),
     "llama4": _llama4(),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from alignment_support import SPECS
 
+from miles.arch.spec import ArchSpec
 from miles.models.decoder import Decoder
-from miles.models.exact_attention import padded_keys
+from miles.models.exact_sums import padded_keys
 from miles.models.logprob import token_log_probs
 from miles.models.numerics import FAST, Numerics
 from miles.models.routing import Router
@@ -38,7 +41,7 @@ def gradients(decoder: Decoder, numerics: Numerics, lengths: tuple[int, ...]) ->
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("name", SPECS)
 def test_values_and_gradients_are_those_of_the_fast_kernels(name: str, lengths, exact) -> None:
-    spec = SPECS[name]
+    spec = _decisive(SPECS[name])
     decoder = Decoder(spec)
     decoder.init_weights(torch.Generator().manual_seed(1))
     fast = gradients(decoder, FAST, lengths)
@@ -46,6 +49,15 @@ def test_values_and_gradients_are_those_of_the_fast_kernels(name: str, lengths, 
     for parameter, expected in fast.items():
         scale = expected.abs().max() + 1e-6
         assert (slow[parameter] - expected).abs().max() < 2e-3 * scale, parameter
+
+
+def _decisive(spec: ArchSpec) -> ArchSpec:
+    """With so many heads in an indexer that no two keys score alike: of such, kernels may choose others."""
+    attention = spec.layers[0].attention
+    if attention.indexer is None:
+        return spec
+    attention = replace(attention, indexer=replace(attention.indexer, num_heads=24))
+    return replace(spec, layers=tuple(replace(layer, attention=attention) for layer in spec.layers))
 
 
 def test_activation_recompute_gives_the_same_bits(exact) -> None:

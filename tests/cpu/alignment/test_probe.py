@@ -158,12 +158,12 @@ def test_attention_whose_kernels_change_with_few_queries_computes_more_of_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A decode step has 2 query rows per key head here; a stand-in sums in another order below 8."""
-    from miles.models import exact_attention, path_probe
+    from miles.models import exact_sums, path_probe
 
     def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.bmm(a, b) if a.shape[1] >= 8 else in_other_order(torch.bmm, a, b)
 
-    for module in (exact_attention, path_probe):
+    for module in (exact_sums, path_probe):
         monkeypatch.setattr(module, "bmm", product)
     assert find_exact_numerics(QUICKSTART, torch.float32).min_queries == 8
 

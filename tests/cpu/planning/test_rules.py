@@ -104,6 +104,10 @@ def stacked(facts: Facts) -> Facts:
     return checkpoint(spec=shipped_spec("llama-4-scout-17b-16e"))(facts)
 
 
+def streaming(facts: Facts) -> Facts:
+    return checkpoint(spec=shipped_spec("gemma-3n-e2b"))(facts)
+
+
 def windowed(facts: Facts) -> Facts:
     spec = facts.checkpoint.spec
     assert spec is not None
@@ -644,7 +648,7 @@ CASES: dict[str, tuple[Case, Case]] = {
         Case(f"--true-on-policy-mode {BLOCKWISE}"),
     ),
     "ALN9": (
-        Case("--true-on-policy-mode", facts=indexed),
+        Case("--true-on-policy-mode", facts=streaming),
         Case("--true-on-policy-mode", facts=windowed),
     ),
     "KRN2": (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from miles.arch.spec import ArchSpec
+from miles.arch.spec import ArchSpec, IndexerSpec, LatentSpec
 from miles.models.invariance import find_exact_numerics
 from miles.rollout.engine import GenerateOutput
 from miles.rollout.native.break_even import BreakEven
@@ -75,6 +75,7 @@ def test_certain_guesses_leave_every_token_as_it_is(
         pytest.param("moe", torch.float32, id="moe"),
         pytest.param("dense", torch.float32, id="dense", marks=pytest.mark.slow),
         pytest.param("windows", torch.float32, id="windows", marks=pytest.mark.slow),
+        pytest.param("indexer", torch.float32, id="indexer", marks=pytest.mark.slow),
         pytest.param("moe", torch.bfloat16, id="moe in bf16", marks=pytest.mark.slow),
     ],
 )
@@ -82,7 +83,7 @@ def test_exact_numerics_keep_every_bit(settings: SpeculationSettings, kind: str,
     """Of log-probs and routes, accepted guesses among them. Long enough for several blocks of keys; requests
     end at different times and move between slots."""
     spec = replace(make_spec(kind == "moe"), max_position_embeddings=256)
-    spec = _in_windows(spec) if kind == "windows" else spec
+    spec = {"windows": _in_windows, "indexer": _with_indexer}.get(kind, replace)(spec)
     numerics = find_exact_numerics(spec, dtype)
     policy = Policy.random(spec, numerics)
     policy.decoder.to(dtype)
@@ -94,6 +95,21 @@ def test_exact_numerics_keep_every_bit(settings: SpeculationSettings, kind: str,
     for plain, speculative in pairs:
         assert_same(plain, speculative, atol=0)
     assert sum(speculative.spec_info.accepted_tokens for _, speculative in pairs) > 100
+
+
+def _with_indexer(spec: ArchSpec) -> ArchSpec:
+    """Attention over latents, to the best keys of an indexer."""
+    rope = replace(spec.layers[0].attention.rope, width=8)
+    attention = replace(
+        spec.layers[0].attention,
+        num_kv_heads=1,
+        head_dim=24,
+        rope=rope,
+        qk_norm=False,
+        latent=LatentSpec(query_rank=24, kv_rank=16, plain_dim=16, rotated_dim=8, value_dim=16),
+        indexer=IndexerSpec(num_heads=3, head_dim=12, top_k=20),
+    )
+    return replace(spec, layers=tuple(replace(layer, attention=attention) for layer in spec.layers))
 
 
 def _in_windows(spec: ArchSpec) -> ArchSpec:
