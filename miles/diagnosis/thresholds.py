@@ -80,6 +80,7 @@ class Thresholds:
     kl_jump_factor: float = 5.0
     kl_jump_floor: float = 0.05
     value_clipfrac: float = 0.3
+    explained_variance: float = -0.1
     draft_loss: float = 1.0
 
     wait_ratio: float = 0.5

@@ -54,7 +54,6 @@ def is_known(name: str) -> bool:
 
 _ALSO_READ = (
     "train/mis_",
-    "train/value_clipfrac",
     "train/mtp_loss",
     "rollout/spec_accept",
     "rollout/tito_session_mismatch_rate/",

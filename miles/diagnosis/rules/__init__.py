@@ -5,6 +5,7 @@ from __future__ import annotations
 from miles.diagnosis.rule import Rule
 from miles.diagnosis.rules import (
     collapse,
+    critic,
     data,
     engine,
     exceptions,
@@ -38,6 +39,7 @@ RULES: tuple[Rule, ...] = (
     *collapse.RULES,
     *overshoot.RULES,
     *optimisation.RULES,
+    *critic.RULES,
     *policy.RULES,
     *rollout.RULES,
     *throughput.RULES,

@@ -6,14 +6,13 @@ import math
 import statistics
 
 from miles.diagnosis.finding import Evidence, Fix, FixKind, Match, Severity, Tier
-from miles.diagnosis.patches import gentler, gentler_critic, tether
+from miles.diagnosis.patches import gentler, tether
 from miles.diagnosis.rule import rule
 from miles.diagnosis.view import RecordView
 
 GRAD_NORM = "train/grad_norm"
 CLIPFRAC = "train/pg_clipfrac"
 KL = "train/kl_loss"
-VALUE_CLIPFRAC = "train/value_clipfrac"
 MTP_LOSS = "train/mtp_loss"
 
 
@@ -107,30 +106,6 @@ def kl_jump(view: RecordView) -> Match | None:
 
 
 @rule(
-    "OP9",
-    "The critic is unstable",
-    tier=Tier.TUNING,
-    severity=Severity.WARNING,
-    symptom="more than 30 % of value predictions are clipped",
-    cause="the critic moves too fast, or started without warm-up",
-    remedy="train the critic alone for some steps first; lower its learning rate",
-    source="miles (value_clipfrac); threshold ours",
-    thresholds=("value_clipfrac", "mean_steps"),
-)
-def unstable_critic(view: RecordView) -> Match | None:
-    share = view.recent_mean(VALUE_CLIPFRAC)
-    if share is None or share <= view.thresholds.value_clipfrac:
-        return None
-    alone = Fix(
-        "start again, the critic alone for some rollouts: --num-critic-only-steps",
-        FixKind.MANUAL,
-        "slower start",
-    )
-    evidence = view.evidence(f"{share:.0%} of values are clipped", VALUE_CLIPFRAC)
-    return Match(view.step, (evidence,), (*gentler_critic(view), alone))
-
-
-@rule(
     "OP10",
     "The MTP layers do not predict",
     tier=Tier.NUMERICS,
@@ -150,4 +125,4 @@ def mtp_loss(view: RecordView) -> Match | None:
     return Match(view.step, (evidence,), (fix,), severity=Severity.WARNING)
 
 
-RULES = (clipped_gradients, fast_policy, kl_jump, unstable_critic, mtp_loss)
+RULES = (clipped_gradients, fast_policy, kl_jump, mtp_loss)

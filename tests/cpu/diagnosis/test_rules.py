@@ -103,6 +103,8 @@ CASES = (
     Case("OP9", {"train/value_clipfrac": 0.5}, says="50%", patch={"critic.critic_lr": 1e-4}),
     Case("OP9", {"train/value_clipfrac": 0.5}, config={"critic": {"critic_lr": 9e-4}},
          patch={"critic.critic_lr": 3e-4}),
+    Case("OP12", {"train/explained_variance": -0.4}, says="-0.40 of the variance",
+         patch={"critic.critic_lr": 1e-4}),
     Case("OP10", {"train/mtp_loss": 1.7}, says="1.70"),
     Case("SY17", {"rollout/weight_version/max": lambda s: min(s - 1, 40)}, severity="critical",
          says="version 40 in steps 78 to 80"),
@@ -282,7 +284,7 @@ def test_every_known_symptom_is_a_rule_or_said_to_be_missing() -> None:
     rules, missing = {rule.id for rule in RULES}, {row.id for row in NOT_EVALUATED}
     assert not rules & missing
     assert rules | missing >= FIELD
-    assert rules - FIELD == {"LV1", "LV2", "LV3", "EX1", "DA1", "SY20", "RT8", "OP11"}, "ours"
+    assert rules - FIELD == {"LV1", "LV2", "LV3", "EX1", "DA1", "SY20", "RT8", "OP11", "OP12"}, "ours"
 
 
 def test_metrics_that_only_other_systems_record_are_said_to_be_theirs() -> None:
