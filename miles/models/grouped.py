@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miles.models.narrow import pays_widened
+
 _ALIGNMENT = 16
 """Bytes."""
 
@@ -24,6 +26,8 @@ def grouped_mm(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     Returns:
         [R, B].
     """
+    if pays_widened(rows, rows.shape[0] // len(matrices)):
+        return grouped_mm(rows.float(), matrices.float(), ends).to(rows.dtype)
     if _aligned(rows.shape[1], matrices.shape[2], rows.element_size()):
         return F.grouped_mm(rows, matrices, offs=ends)
     out = rows.new_empty(rows.shape[0], matrices.shape[2])
@@ -41,6 +45,8 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     Returns:
         [E, A, B].
     """
+    if pays_widened(left, left.shape[0] // len(ends)):
+        return grouped_outer(left.float(), right.float(), ends).to(left.dtype)
     if _aligned(left.shape[1], right.shape[1], left.element_size()):
         return F.grouped_mm(left.t(), right, offs=ends)
     out = left.new_empty(ends.numel(), left.shape[1], right.shape[1])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miles.models.narrow import product
 from miles.models.softcap import softcap_slope, softcapped
 
 Linear = Callable[[Tensor, Tensor], Tensor]
@@ -126,8 +127,8 @@ class _TokenLogProbs(torch.autograd.Function):
                 assert logits_CV is not None
                 grad_logits.mul_(softcap_slope(logits_CV.float(), ctx.softcap))
             grad_logits = grad_logits.to(hidden.dtype)
-            torch.mm(grad_logits, head_weight, out=grad_hidden[rows])
-            grad_head += torch.mm(grad_logits.t(), hidden[rows])
+            grad_hidden[rows] = product(grad_logits, head_weight)
+            grad_head += product(grad_logits.t(), hidden[rows])
         return grad_hidden, grad_head.to(head_weight.dtype), *(None,) * 7
 
 

@@ -30,6 +30,7 @@ from miles.models.exact_prefix import ExactPrefixAttention
 from miles.models.exact_sums import KEY_BLOCK, padded_keys
 from miles.models.kv_cache import KVCache
 from miles.models.logprob import scaled_log_softmax
+from miles.models.narrow import pays_widened, widened_linear
 from miles.models.prefix_attention import PrefixAttention
 from miles.models.routing import GATING, Gating
 from miles.models.row_blocks import RowBlocks, blocked_linear
@@ -155,9 +156,13 @@ class FastNumerics:
         return experts.FAST
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if pays_widened(x, min(len(x), len(weight))):
+            return widened_linear(x, weight, bias)
         return F.linear(x, weight, bias)
 
     def per_head(self, x: Tensor, weights: Tensor) -> Tensor:
+        if pays_widened(x, len(x)):
+            return widened_linear(x.transpose(0, 1), weights).transpose(0, 1)
         return torch.bmm(x.transpose(0, 1), weights.transpose(1, 2)).transpose(0, 1)
 
     def rotations(self, spec: AttentionSpec, num_positions: int, positions: Tensor) -> Tensor:
@@ -178,7 +183,7 @@ class FastNumerics:
             # In fp32 for any weights, as the families that score so do.
             return torch.sigmoid(F.linear(x.float(), router.float()))
         # Experts first, tokens last: softmax over a short last dimension is ten times slower on CPU.
-        return torch.softmax(torch.mm(router, x.t()).float(), 0).t()
+        return torch.softmax(self.linear(router, x).float(), 0).t()
 
     def log_softmax(self, logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         return scaled_log_softmax(logits, temperature)

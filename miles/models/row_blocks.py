@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from miles.models.invariant import mm
+from miles.models.narrow import product
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,6 @@ class _BlockedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        grad_x = torch.mm(grad, weight) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.mm(grad.t(), x) if ctx.needs_input_grad[1] else None
+        grad_x = product(grad, weight) if ctx.needs_input_grad[0] else None
+        grad_weight = product(grad.t(), x) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None

@@ -18,6 +18,7 @@ from torch import Tensor
 from miles.errors import PreflightRefused
 from miles.models.expert_rows import CALL_MULTIPLY_ADDS
 from miles.models.invariant import bmm
+from miles.models.narrow import is_slow
 from miles.models.row_blocks import RowBlocks, products
 
 MOST_ROWS, LEAST_MOST = 1024, 64
@@ -90,21 +91,13 @@ def find_row_blocks(
 
     In fp32 where narrower products have none or are slow; None where those have none either.
     """
-    own = (torch.float32, dtype) if _is_slow(dtype, torch.device(device)) else (dtype, torch.float32)
+    own = (torch.float32, dtype) if is_slow(dtype, torch.device(device)) else (dtype, torch.float32)
     for computed in dict.fromkeys(own):
         search = _Search(shapes, dtype, computed, torch.device(device), generator, by_column)
         for sizes in sorted(search.candidates(), key=_cost):
             if search.is_free_of_place(sizes):
                 return RowBlocks(sizes, computed, search.batched(sizes))
     return None
-
-
-def _is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of `dtype` are left to loops without vectors of it: many times slower than in fp32."""
-    if device.type != "cpu" or dtype == torch.float32:
-        return False
-    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return not supported
 
 
 def ladder(most: int) -> list[int]:

@@ -58,7 +58,7 @@ def test_matrices_whose_kernels_change_in_the_middle_are_cut_between_the_changes
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_products_without_vectors_of_their_own_are_computed_in_fp32(slow: bool, monkeypatch) -> None:
-    monkeypatch.setattr(row_search, "_is_slow", lambda dtype, device: slow)
+    monkeypatch.setattr(row_search, "is_slow", lambda dtype, device: slow)
     blocks = find_row_blocks(((64, 32),), torch.bfloat16, "cpu", torch.Generator().manual_seed(2))
     assert blocks is not None and (not slow or blocks.dtype == torch.float32)
     x, weight = torch.randn(70, 32).bfloat16(), torch.randn(64, 32).bfloat16()
