@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from miles import environment
+from miles.errors import RunError
 from miles.planning.findings import finding_lines
 from miles_cli.errors import report
 from miles_cli.run_view import RunView, print_json_line
@@ -38,6 +39,10 @@ def conduct(start: Callable[[RunView], RunOutcome], as_json: bool = False, quiet
     if outcome.error is not None:
         report(outcome.error)
     stream = sys.stderr if as_json else sys.stdout
-    for line in summary_lines(outcome.run_dir, outcome.summary):
-        say(line, stream)
+    try:
+        for line in summary_lines(outcome.run_dir, outcome.summary):
+            say(line, stream)
+    except RunError as error:
+        # The directory was taken away under the run; that does not change how it ended.
+        report(error)
     return int(outcome.exit_code)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from miles.config import ResolvedConfig, config_hash
 from miles.errors import ExitCode, MilesError, RunError
+from miles.exporters.follow import follow
 from miles.orchestration.checkpoint_sources import locate_checkpoint
 from miles.orchestration.checkpoints import CheckpointStore
 from miles.orchestration.decode_kernel import settle
@@ -108,6 +109,7 @@ def _attempt(
     digest = config_hash(job.resolved.config)
     record.event("run_start", profile=job.resolved.profile, config_hash=digest, **job.lineage.as_fields())
     try:
+        follow(job.run_dir, job.attempt)
         complete = asyncio.run(_drive(job, executor, record, supervisor, observer))
     except WorkerLost as lost:
         record.event("worker_dead", worker=lost.worker, reason=lost.reason)

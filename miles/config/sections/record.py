@@ -34,7 +34,7 @@ class RecordSection(Section):
     """Copy metrics to TensorBoard event files."""
 
     tb_project_name: str | None = None
-    """Directory of TensorBoard files."""
+    """Directory of TensorBoard files; default: `exports/tensorboard` in the run directory."""
 
     tb_experiment_name: str | None = None
     """Name of the TensorBoard run; default: the run's name."""
@@ -43,7 +43,7 @@ class RecordSection(Section):
     """Copy metrics to Weights & Biases."""
 
     wandb_mode: Literal["online", "offline", "disabled"] | None = None
-    """How W&B works; default: its own."""
+    """How W&B works; default: offline."""
 
     wandb_project: str | None = None
     """W&B project."""
@@ -55,7 +55,7 @@ class RecordSection(Section):
     """W&B entity."""
 
     wandb_dir: str | None = None
-    """Directory of W&B files; default: the run directory."""
+    """Directory of W&B files; default: `exports/wandb` in the run directory."""
 
     wandb_host: str | None = None
     """Address of a self-hosted W&B server."""

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 PACKAGES = (
     "flashinfer-python",
     "megatron-core",
+    "mlflow",
     "psutil",
     "ray",
     "sglang",
@@ -15,6 +16,7 @@ PACKAGES = (
     "transformer-engine-cu12",
     "transformer-engine-cu13",
     "transformers",
+    "wandb",
 )
 
 

@@ -79,3 +79,19 @@ def transformer_engine_broken(subject: Subject) -> Iterator[Found]:
             yield Found(f"transformer-engine {version} without its CUDA core", "training.backend")
         elif not machine.gpus:
             yield Found(f"transformer-engine {version} on a machine without a GPU", "training.backend")
+
+
+@rule(
+    "VER4",
+    Severity.ERROR,
+    title="the package of a tracker is missing",
+    cause="the metrics are copied by the tracker's own package, which is no part of miles",
+    fix="install it, or leave the tracker out: `miles export` copies a run afterwards, too",
+    local=True,
+)
+def tracker_missing(subject: Subject) -> Iterator[Found]:
+    record = subject.config.record
+    for package, wanted in (("wandb", record.use_wandb), ("mlflow", record.use_mlflow)):
+        if wanted and subject.facts.machine.package(package) is None:
+            fix = f"pip install {package}, or leave it out: `miles export RUN --to {package}` copies it later"
+            yield Found(f"{package} is not installed", f"record.use_{package}", fix)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from miles.config import resolve
-from miles.errors import ExitCode, RunError
+from miles.errors import ExitCode, RunError, Unavailable
 from miles.orchestration import launch
 from miles.orchestration.checkpoint_sources import locate_checkpoint
 from miles.orchestration.job import Job, RunOutcome
@@ -56,6 +56,28 @@ def test_a_stop_in_the_last_step_left_nothing_out(
             cast(Job, job), cast(launch.Executor, executor), record, supervisor, SilentObserver()
         )
     assert ending.status is status
+
+
+def test_an_attempt_is_copied_to_the_trackers_that_it_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied: list[tuple[Path, int]] = []
+    monkeypatch.setattr(launch, "follow", lambda run_dir, attempt: copied.append((run_dir, attempt)))
+    executor = TinyExecutor(0, supervisor := Supervisor())
+    monkeypatch.setattr(launch, "loop_of", lambda _: executor.turn)
+    job = SimpleNamespace(resolved=resolve("quickstart"), run_dir=tmp_path, attempt=2, lineage=Lineage())
+    with RecordWriter(tmp_path, attempt=2) as record:
+        launch._attempt(cast(Job, job), cast(launch.Executor, executor), record, supervisor, SilentObserver())
+        assert copied == [(tmp_path, 2)]
+        monkeypatch.setattr(launch, "follow", _no_tracker)
+        ending = launch._attempt(
+            cast(Job, job), cast(launch.Executor, executor), record, supervisor, SilentObserver()
+        )
+    assert ending.status is RunStatus.FAILED and "wandb" in str(ending.error)
+
+
+def _no_tracker(run_dir: Path, attempt: int) -> None:
+    raise Unavailable("the package wandb is not installed")
 
 
 def test_the_first_signal_is_told_and_the_second_interrupts() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 import miles
 from miles.config import fields, find_key
+from miles.exporters.follow import LIVE
 from miles.planning.capabilities import capabilities
 from miles.planning.features import KINDS, State, features
 from miles.planning.hardware import GENERATIONS
@@ -71,8 +72,10 @@ def test_parts_are_those_that_a_run_file_can_name() -> None:
 
 
 def test_what_is_called_used_is_read_by_code() -> None:
-    """The attribute name of every used setting occurs in the rooms that hand settings to the workers."""
+    """The attribute name of every used setting occurs in the rooms that hand settings to the workers, or
+    the setting is one that exporters read in the record of a run."""
     read = {name for room in ("planning", "orchestration") for name in _attributes_read_in(room)}
+    read |= {f"use_{name}" for name in LIVE} | _texts_in("exporters")
     unread = {setting for setting in USED if setting.partition(".")[2] not in read}
     assert "server_args" in read
     unread -= {setting for setting in unread if setting.startswith("sglang.")}
@@ -83,10 +86,17 @@ def test_what_is_called_used_is_read_by_code() -> None:
 
 
 def _attributes_read_in(room: str) -> set[str]:
+    return {node.attr for node in _nodes(room) if isinstance(node, ast.Attribute)}
+
+
+def _texts_in(room: str) -> set[str]:
+    return {str(node.value) for node in _nodes(room) if isinstance(node, ast.Constant)}
+
+
+def _nodes(room: str) -> list[ast.AST]:
     root = Path(miles.__file__).parent / room
     sources = [path for path in root.rglob("*.py") if not set(path.relative_to(root).parts) & set(JUDGES)]
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sources]
-    return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return [node for path in sources for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
 
 
 @pytest.mark.parametrize("feature", features().values(), ids=lambda feature: feature.name)

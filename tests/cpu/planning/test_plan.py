@@ -68,7 +68,7 @@ def test_explicit_values_are_not_derived(resolved: Make, facts: Facts) -> None:
 
 
 def test_refusal_holds_every_finding_and_survives_pickling(resolved: Make, facts: Facts) -> None:
-    run = resolved("--use-wandb --lr 0", without="--label-key")
+    run = resolved("--log-passrate --lr 0", without="--label-key")
     with pytest.raises(PlanRefused) as caught:
         make_plan(run, facts)
     assert {finding.rule for finding in caught.value.findings} == {"CAP1", "REW2", "LRN3"}

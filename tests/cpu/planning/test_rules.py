@@ -186,7 +186,7 @@ MIB = 1024**2
 
 CASES: dict[str, tuple[Case, Case]] = {
     # rule: (a run it fires on, a run near it that it does not mind)
-    "CAP1": (Case("--use-wandb"), Case("--qkv-format thd")),
+    "CAP1": (Case("--log-passrate"), Case("--qkv-format thd")),
     "CAP2": (scaled("--attention-dropout 0.1"), scaled("--attention-dropout 0.0")),
     "CAP3": (Case("--train-backend megatron"), Case("--train-backend native --executor inline")),
     "CAP4": (scaled(FP8, on("16xA100")), scaled(FP8, on("16xH100"))),
@@ -250,6 +250,10 @@ CASES: dict[str, tuple[Case, Case]] = {
     "FIL1": (
         Case(facts=lambda facts: replace(facts, missing=(MissingPath("model.load", "/x", "a directory"),))),
         Case(),
+    ),
+    "VER4": (
+        Case("--use-wandb", facts=machine(packages=())),
+        Case("--use-wandb --use-tensorboard", facts=machine(packages=(("wandb", "0.22.0"),))),
     ),
     "FIL2": (
         Case(facts=lambda facts: replace(facts, broken_hooks=(BrokenHook("reward.custom_rm_path", "x"),))),
@@ -805,7 +809,7 @@ def test_a_teacher_stands_for_a_reward_but_judges_no_evaluation(resolved: Make, 
 
 
 def test_errors_come_before_warnings(resolved: Make, facts: Facts) -> None:
-    findings = preflight(resolved("--lr 0 --use-wandb --threads 2"), facts)
+    findings = preflight(resolved("--lr 0 --log-passrate --threads 2"), facts)
     assert [finding.severity for finding in findings] == [
         Severity.ERROR,
         Severity.WARNING,
