@@ -6,12 +6,14 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from miles import environment
 from miles.errors import ConfigError, MilesError
+from miles_cli import train_arguments as args
+from miles_cli.commands.runs import AskedBy, Json
 from miles_cli.completion import SettingsCommand
 
 if TYPE_CHECKING:
@@ -36,12 +38,6 @@ EPILOG = (
 )
 
 
-def _complete_profile(incomplete: str) -> list[str]:
-    from miles.config.shipped import shipped_names
-
-    return [name for name in shipped_names() if name.startswith(incomplete)]
-
-
 @app.command(
     cls=SettingsCommand,
     help=HELP,
@@ -50,46 +46,19 @@ def _complete_profile(incomplete: str) -> list[str]:
 )
 def train(
     context: typer.Context,
-    profile: Annotated[
-        str | None,
-        typer.Option(help="A shipped profile, or ./my.toml.", autocompletion=_complete_profile),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="A run file of your own (TOML).")] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="section.name=value, as in the run file; repeatable.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; start nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No line per step; alerts and the end only.")
-    ] = False,
-    assume_hardware: Annotated[
-        str | None,
-        typer.Option(
-            "--assume-hardware",
-            help="With --dry-run: plan for 16xH100, 2x8xB200, … and not for this machine.",
-        ),
-    ] = None,
-    rehearse: Annotated[
-        bool,
-        typer.Option(
-            "--rehearse", help="Three steps of a run on GPUs here, on CPUs, with a small model of its family."
-        ),
-    ] = False,
-    explain: Annotated[
-        str | None, typer.Option("--explain", metavar="RULE", help="Explain a preflight rule.")
-    ] = None,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Train in a process of its own and open the dashboard on it.")
-    ] = False,
-    parent: Annotated[
-        str | None,
-        typer.Option("--parent", help="Start from the settings of this run; kept in the new one's record."),
-    ] = None,
-    asked_by: Annotated[str, typer.Option("--by", hidden=True, help="Who asks, for the record.")] = "cli",
-    list_flags: Annotated[
-        bool, typer.Option("--list-flags", help="List every setting with its flag and meaning.")
-    ] = False,
+    profile: args.Profile = None,
+    config: args.RunFile = None,
+    sets: args.Sets = None,
+    dry_run: args.DryRun = False,
+    as_json: Json = False,
+    quiet: args.Quiet = False,
+    assume_hardware: args.AssumeHardware = None,
+    rehearse: args.Rehearse = False,
+    explain: args.Explain = None,
+    watch: args.Watch = False,
+    parent: args.Parent = None,
+    asked_by: AskedBy = "cli",
+    list_flags: args.ListFlags = False,
 ) -> None:
     from miles.config import parse_flags, resolve
     from miles_cli.train_start import lineage_of, parent_dir, refuse_beside_watch

@@ -37,7 +37,9 @@ def watch(
     web: Annotated[
         bool, typer.Option("--web", help="Show the dashboard in a browser, on this machine only.")
     ] = False,
-    port: Annotated[int | None, typer.Option(help=f"Port of --web; default: {WEB_PORT}.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help=f"Port of --web; default: {WEB_PORT}.")
+    ] = None,
     as_json: Json = False,
     symbols: Annotated[
         str | None, typer.Option(help="braille, block or ascii; default: what the terminal can show.")

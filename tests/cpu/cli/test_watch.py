@@ -176,6 +176,11 @@ def test_symbols_that_no_terminal_has_are_refused(runs_dir: Path) -> None:
         assert isinstance(error, ConfigError) and "take one of braille, block, ascii" in str(error)
 
 
+def test_a_port_that_cannot_be_is_a_usage_error(runs_dir: Path) -> None:
+    write_run(runs_dir / "quick")
+    assert invoke("watch", "quick", "--web", "--port", "99999").exit_code == ExitCode.USAGE
+
+
 def test_ascii_symbols_print_ascii_alone(runs_dir: Path) -> None:
     write_run(runs_dir / "quick")
     assert invoke("watch", "quick", "--once", "--symbols", "ascii").stdout.isascii()
