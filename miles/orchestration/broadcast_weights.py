@@ -17,6 +17,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from miles.errors import MilesError, RunError
@@ -89,6 +90,29 @@ class Broken(Exception):
         self.reason, self.lost = reason, lost
 
 
+@dataclass
+class Sent:
+    """What a broadcast took: seconds in which buckets were gathered, and in which they were on their way.
+
+    Together they are more than the broadcast's own seconds where one ran beside the other.
+    """
+
+    bytes: int = 0
+    buckets: int = 0
+    gather_seconds: float = 0.0
+    send_seconds: float = 0.0
+
+    async def gathering(self, part: Awaitable[None]) -> None:
+        started = time.perf_counter()
+        await part
+        self.gather_seconds += time.perf_counter() - started
+
+    async def sending(self, part: Awaitable[None]) -> None:
+        started = time.perf_counter()
+        await part
+        self.send_seconds += time.perf_counter() - started
+
+
 class BroadcastWeights:
     """Implements `weight_sync.ServedSync`. `ranks`: GPUs of one server."""
 
@@ -137,7 +161,7 @@ class BroadcastWeights:
         try:
             await self._formed(servers)
             await self._all({server: server.begin_broadcast(version) for server in servers})
-            sent, buckets = await self._buckets(version, servers)
+            size = await self._buckets(version, servers)
             await self._all({server: server.end_broadcast(version) for server in servers})
         except Broken as broken:
             self._members = ()
@@ -150,9 +174,8 @@ class BroadcastWeights:
             "weights_broadcast",
             version=version,
             engines=[server.name for server in servers],
-            bytes=sent,
-            buckets=buckets,
             seconds=time.perf_counter() - started,
+            **asdict(size),
         )
 
     async def _formed(self, servers: Sequence[BroadcastSink]) -> None:
@@ -175,23 +198,23 @@ class BroadcastWeights:
         await self._all(parts)
         self._members = tuple(servers)
 
-    async def _buckets(self, version: int, servers: Sequence[BroadcastSink]) -> tuple[int, int]:
-        """Every bucket, one on its way while the next is gathered; their bytes and their number."""
+    async def _buckets(self, version: int, servers: Sequence[BroadcastSink]) -> Sent:
+        """Every bucket, one on its way while the next is gathered."""
         found: dict[str, Announced] = {}
-        await self._all({GATHER: _note(found, "next", self._trainer.next_bucket())})
-        sent = count = 0
+        size = Sent()
+        await self._all({GATHER: size.gathering(_note(found, "next", self._trainer.next_bucket()))})
         while True:
             announced = found["next"]
             parts: dict[Part, Coroutine[Any, Any, None]] = {
                 server: server.take_broadcast(announced, version) for server in servers
             }
-            parts[TRAINER] = self._trainer.send_bucket(version)
+            parts[TRAINER] = size.sending(self._trainer.send_bucket(version))
             if not announced.last:
-                parts[GATHER] = _note(found, "next", self._trainer.next_bucket())
+                parts[GATHER] = size.gathering(_note(found, "next", self._trainer.next_bucket()))
             await self._all(parts)
-            sent, count = sent + announced.nbytes, count + 1
+            size.bytes, size.buckets = size.bytes + announced.nbytes, size.buckets + 1
             if announced.last:
-                return sent, count
+                return size
 
     async def _all(self, parts: Parts) -> None:
         """Do all parts together. Raises: Broken, once nobody waits for another any more; what the trainer

@@ -17,6 +17,7 @@ from miles.orchestration.disk_weights import DiskWeights
 from miles.orchestration.engine_pool import EnginePool
 from miles.orchestration.sglang_servers import TensorPacket
 from miles.orchestration.train_worker import TrainWorker
+from miles.orchestration.weight_group import BUCKET_S
 from miles.orchestration.weight_packets import pack
 from miles.orchestration.weight_sender import WeightSender
 from miles.orchestration.weight_sync import PacketWeights, ServedSync, weights_for_engine
@@ -100,7 +101,13 @@ def weight_sender(job: Job, trainer: TrainWorker) -> WeightSender:
         named = weights_for_engine(trainer, policy)
         return with_tied_head(named) if trainer.trainer.spec.tie_word_embeddings else named
 
-    return WeightSender(weights, sync.update_weight_buffer_size, job.plan.device, sync.update_weight_delta)
+    return WeightSender(
+        weights,
+        sync.update_weight_buffer_size,
+        job.plan.device,
+        sync.update_weight_delta,
+        timeout_s=min(BUCKET_S, 30.0 * job.resolved.config.cluster.distributed_timeout_minutes),
+    )
 
 
 def disk_weights(job: Job, spec: ArchSpec, trainer: TrainWorker) -> DiskWeights:

@@ -26,15 +26,16 @@ from miles.training.native.process_group import LOOPBACK, off_loopback, on_loopb
 T = TypeVar("T")
 
 BUCKET_S = 300.0
-"""Seconds for one bucket, and for all to meet. Less than a trainer's other ranks wait in a collective."""
+"""Seconds for one bucket, and for all to meet, at most."""
 
 
 class WeightGroup:
     """Rank 0's end. It listens from the beginning, and has a group once it `joined`."""
 
-    def __init__(self, host: str, size: int, device: str) -> None:
+    def __init__(self, host: str, size: int, device: str, timeout_s: float = BUCKET_S) -> None:
         """`size`: ranks with this one. Raises: RunError when `host` cannot be listened on."""
         self._store, self._device = open_store(host), device
+        self._timeout = timedelta(seconds=timeout_s)
         backend, name = "nccl" if device == "cuda" else "gloo", f"miles-{uuid.uuid4().hex}"
         self.meeting = Meeting(host, int(self._store.port), name, size, backend)
         self._group: dist.ProcessGroup | None = None
@@ -64,7 +65,7 @@ class WeightGroup:
             dist.Backend(meeting.backend),
             dist.PrefixStore(meeting.name, self._store),
             group_name=meeting.name,
-            timeout=timedelta(seconds=BUCKET_S),
+            timeout=self._timeout,
         )
         distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(meeting.size)}
         self._group = group

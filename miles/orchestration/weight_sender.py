@@ -13,7 +13,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from miles.orchestration.weight_group import WeightGroup
+from miles.orchestration.weight_group import BUCKET_S, WeightGroup
 from miles.rollout.sglang.control import UpdateFailed
 from miles.rollout.sglang.weight_payload import Announced, Bucket, Meeting, buckets
 
@@ -24,14 +24,20 @@ class WeightSender:
     """Holds two buckets at most: the one that is sent, and the next.
 
     `weights`: reads what the servers are to hold now; with several ranks it is a collective, which every call
-    iterates to its end. `delta`: tensors whose bytes this group was given last are left out.
+    iterates to its end. `delta`: tensors whose bytes this group was given last are left out. `timeout_s`: for
+    one bucket; other ranks of the trainer wait for its next one in a collective meanwhile.
     """
 
     def __init__(
-        self, weights: Callable[[], Named], bucket_bytes: int, device: str, delta: bool = False
+        self,
+        weights: Callable[[], Named],
+        bucket_bytes: int,
+        device: str,
+        delta: bool = False,
+        timeout_s: float = BUCKET_S,
     ) -> None:
         self._weights, self._bucket_bytes, self._device = weights, bucket_bytes, device
-        self._delta = delta
+        self._delta, self._timeout_s = delta, timeout_s
         self._group: WeightGroup | None = None
         self._given: dict[str, bytes] = {}
         """Under `delta`: digests of what every member of the group holds."""
@@ -44,7 +50,7 @@ class WeightSender:
     def open(self, host: str, size: int) -> Meeting:
         """Begin a group of `size` ranks, this one with them, in place of the last."""
         self._leave()
-        self._group = WeightGroup(host, size, self._device)
+        self._group = WeightGroup(host, size, self._device, self._timeout_s)
         return self._group.meeting
 
     async def join(self) -> None:

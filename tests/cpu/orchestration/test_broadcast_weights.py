@@ -148,6 +148,8 @@ def test_the_next_bucket_is_gathered_while_one_is_on_its_way() -> None:
             await stage.sync.send(1)
             # A bucket ends when the first tensor of the next one is seen.
             assert gathered == [5, 6, 6], "before a bucket is taken the one behind it is there"
+            (sent,) = stage.events("weights_broadcast")
+            assert 0 < sent["gather_seconds"] < sent["seconds"] and 0 < sent["send_seconds"] < sent["seconds"]
 
     run(scenario)
 
