@@ -113,7 +113,7 @@ def weight_sender(job: Job, trainer: TrainWorker) -> WeightSender:
 def disk_weights(job: Job, spec: ArchSpec, trainer: TrainWorker) -> DiskWeights:
     """Weights that travel as a checkpoint."""
     shared = job.resolved.config.weight_sync.update_weight_disk_dir
-    directory = (Path(shared) if shared else job.run_dir) / "weights"
+    directory = (Path(shared) if shared else job.run_dir).resolve() / "weights"
     directory.mkdir(parents=True, exist_ok=True)
     policy, source = _format(job), job.source
     delta = job.resolved.config.weight_sync.update_weight_delta and source.has_weights

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from miles.data.sample import Sample
 from miles.errors import MilesError
 from miles.orchestration import assemble, workers
-from miles.orchestration.local_weights import weight_sender
+from miles.orchestration.disk_weights import DiskWeights
+from miles.orchestration.local_weights import disk_weights, weight_sender
 from miles.orchestration.posts import Post, take_post, whereabouts
 from miles.orchestration.reward_actor import RewardActor
 from miles.orchestration.route_wire import pack_answer, unpack_samples
 from miles.orchestration.run_model import run_model
 from miles.orchestration.sglang_crew import SharedGpus, make_server, start_server
-from miles.orchestration.sglang_servers import TensorPacket
+from miles.orchestration.sglang_servers import DiskPacket, TensorPacket
 from miles.orchestration.turns import Held
 from miles.orchestration.weight_packets import Manifest, Weights, pack, unpack, verify
 from miles.orchestration.weight_sync import weights_for_engine
@@ -60,6 +61,7 @@ class TrainerActor:
         self._store: TCPStore | None = None
         self._handles: Iterator[tuple[Bucket, bool]] | None = None
         self._lent: Bucket = []
+        self._written: DiskWeights | None = None
 
     async def ready(self) -> tuple[int, str]:
         """The process id, and the id of its node."""
@@ -133,6 +135,14 @@ class TrainerActor:
         with self._record.busy("update_weights"):
             target = assemble.engine_precision(job.plan)
             return pack(weights_for_engine(self._worker, target), version)
+
+    async def write_weights(self, version: int) -> DiskPacket:
+        """The weights of this moment as a checkpoint that every server can read. For the first rank."""
+        with self._record.busy("update_weights"):
+            if self._written is None:
+                spec = self._worker.trainer.spec
+                self._written = disk_weights(self._post.job, spec, self._worker)
+            return await self._written.weights(version)
 
     async def free_port(self) -> int:
         """A port of this machine that nobody has now."""
@@ -263,6 +273,11 @@ class ServerActor:
         """Check all of the weights, then hand them over. Raises: WeightsDamaged, WorkerLost."""
         with self._record.busy("update_weights"):
             await self._server.load(TensorPacket(manifest, weights))
+
+    async def load_checkpoint(self, packet: DiskPacket) -> None:
+        """Let the server read its weights from a directory. Raises: WorkerLost."""
+        with self._record.busy("update_weights"):
+            await self._server.load(packet)
 
     async def generate(self, calls: Sequence[Sequence[GenerateRequest]]) -> AsyncIterator[tuple[int, Answer]]:
         """Answer calls as they complete; they are sent together. Raises: WorkerLost."""

@@ -25,7 +25,7 @@ from miles.orchestration.rewarding import record_failures
 from miles.orchestration.run_model import run_model
 from miles.orchestration.seats import Seat, call
 from miles.orchestration.supervisor import Supervisor
-from miles.orchestration.trainer_ranks import TrainerRanks
+from miles.orchestration.trainer_ranks import TrainerRanks, WrittenWeights
 from miles.orchestration.turns import SharedGpus
 from miles.orchestration.weight_sync import EqualWeights, PacketWeights, ServedSync, WeightSync
 from miles.orchestration.worker_loss import WorkerLost
@@ -131,8 +131,10 @@ class _Crew:
         return driver
 
     def _way_of_weights(self, trainer: TrainerRanks, pool: EnginePool) -> ServedSync:
-        if self._config.weight_sync.update_weight_transfer_mode != "broadcast":
-            return PacketWeights(trainer, pool, self._record)
+        mode = self._config.weight_sync.update_weight_transfer_mode
+        if mode != "broadcast":
+            source = WrittenWeights(trainer) if mode == "disk" else trainer
+            return PacketWeights(source, pool, self._record)
         ranks = assemble.sglang_settings(self._config, self._job.plan).tensor_parallel_size
         return BroadcastWeights(trainer, pool, ranks, self._record)
 

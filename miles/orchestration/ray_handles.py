@@ -13,6 +13,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from miles.data.sample import Sample
 from miles.orchestration.route_wire import pack_samples, unpack_answer
+from miles.orchestration.sglang_servers import DiskPacket
 from miles.orchestration.turns import Held
 from miles.orchestration.weight_packets import Manifest, WeightsDamaged
 from miles.orchestration.worker_loss import WorkerLost
@@ -115,6 +116,10 @@ class RayTrainer(Handle):
         manifest, weights = self._actor.weights.options(num_returns=2).remote(version)
         return Packet(await answer(self.name, manifest), weights)
 
+    async def write_weights(self, version: int) -> DiskPacket:
+        packet: DiskPacket = await answer(self.name, self._actor.write_weights.remote(version))
+        return packet
+
     async def hold(self, held: Held) -> None:
         await answer(self.name, self._actor.hold.remote(held))
 
@@ -169,7 +174,10 @@ class RayEngine(Handle):
         count: int = await answer(self.name, self._actor.abort.remote(groups))
         return count
 
-    async def load(self, packet: Packet) -> None:
+    async def load(self, packet: Packet | DiskPacket) -> None:
+        if isinstance(packet, DiskPacket):
+            await answer(self.name, self._actor.load_checkpoint.remote(packet))
+            return
         await answer(self.name, self._actor.load.remote(packet.manifest, packet.weights))
 
     async def health(self) -> EngineHealth:

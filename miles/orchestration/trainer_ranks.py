@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from miles.data.sample import Sample
 from miles.orchestration.seats import Worker
+from miles.orchestration.sglang_servers import DiskPacket
 from miles.orchestration.turns import Held
 from miles.orchestration.worker_loss import WorkerLost
 from miles.rollout.sglang.weight_payload import Announced, Meeting
@@ -48,6 +49,9 @@ class TrainerRank(Worker, Protocol):
     async def load(self, directory: Path) -> None: ...
 
     async def weights(self, version: int) -> Any: ...
+
+    async def write_weights(self, version: int) -> DiskPacket:
+        """The weights as a checkpoint that every server can read."""
 
     async def hold(self, held: Held) -> None: ...
 
@@ -119,6 +123,13 @@ class TrainerRanks:
     async def weights(self, version: int) -> Any:
         return (await together([rank.weights(version) for rank in self._ranks]))[0]
 
+    async def write_weights(self, version: int) -> DiskPacket:
+        """The first rank writes; the others take part in the gather."""
+        first, *others = self._ranks
+        calls = [first.write_weights(version), *(rank.gather_along() for rank in others)]
+        packet: DiskPacket = (await together(calls))[0]
+        return packet
+
     async def hold(self, held: Held) -> None:
         await together([rank.hold(held) for rank in self._ranks])
 
@@ -165,6 +176,16 @@ class TrainerRanks:
         await self._ranks[0].drop_group()
         along, self._along = self._along, []
         await asyncio.gather(*along)
+
+
+class WrittenWeights:
+    """Implements `weight_sync.WeightSource`: weights by a directory that trainer and servers share."""
+
+    def __init__(self, trainer: TrainerRanks) -> None:
+        self._trainer = trainer
+
+    async def weights(self, version: int) -> DiskPacket:
+        return await self._trainer.write_weights(version)
 
 
 async def _of(call: asyncio.Future[Any]) -> Any:

@@ -50,13 +50,17 @@ def owned_argument(subject: Subject) -> Iterator[Found]:
     Severity.ERROR,
     title="weights that do not travel as a checkpoint on disk",
     cause="the checkpoints of a run hold plain weights; and what has not changed is left out on disk only "
-    "for servers that began with the run's own checkpoint and have no draft that reads it, too",
+    "for servers that began with the run's own checkpoint and have no draft that reads it, too; trainer and "
+    "servers on the same GPUs hand weights over there",
     fix="--update-weight-transfer-mode tensor",
 )
 def not_on_disk(subject: Subject) -> Iterator[Found]:
     sync = subject.config.weight_sync
     if subject.config.rollout.backend != "sglang" or sync.update_weight_transfer_mode != "disk":
         return
+    if subject.on_gpus and subject.config.cluster.colocate:
+        what = "a checkpoint for servers on the trainer's GPUs"
+        yield Found(what, "weight_sync.update_weight_transfer_mode")
     if sync.update_weight_delta and subject.config.rollout.rollout_external_engine_addrs:
         what = "update_weight_delta with disk, for servers that others started"
         yield Found(what, "weight_sync.update_weight_delta")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from miles.errors import CheckpointError
 from miles.orchestration import trainer_ranks
-from miles.orchestration.trainer_ranks import TrainerRanks
+from miles.orchestration.sglang_servers import DiskPacket
+from miles.orchestration.trainer_ranks import TrainerRanks, WrittenWeights
 from miles.orchestration.worker_loss import WorkerLost
 from miles.rollout.sglang.weight_payload import Announced
 
@@ -55,6 +57,10 @@ class Rank:
 
     async def drop_group(self) -> None:
         self.asked.append(("drop_group",))
+
+    async def write_weights(self, version: int) -> DiskPacket:
+        self.asked.append(("write_weights", version))
+        return DiskPacket(Path("weights"), version)
 
 
 def ask(*ranks: Rank) -> Any:
@@ -134,3 +140,10 @@ def test_a_gather_that_is_dropped_is_brought_to_its_end_on_all_ranks() -> None:
     asyncio.run(scenario())
     assert ranks[0].asked == [("next_bucket",), ("drop_group",), ("next_bucket",)]
     assert ranks[1].asked == [("gather_along",)] * 2
+
+
+def test_the_first_rank_writes_weights_and_the_others_gather_along() -> None:
+    ranks = [Rank(0), Rank(1)]
+    packet = asyncio.run(WrittenWeights(TrainerRanks(ranks)).weights(3))
+    assert packet.version == 3
+    assert [rank.asked for rank in ranks] == [[("write_weights", 3)], [("gather_along",)]]

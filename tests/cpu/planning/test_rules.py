@@ -942,6 +942,12 @@ def test_what_is_left_out_on_disk_every_server_must_have(
     assert not found if what is None else len(found) == 1 and what in found[0]
 
 
+def test_servers_on_the_trainers_gpus_read_no_checkpoint(resolved: Make, facts: Facts) -> None:
+    run = resolved(f"{SCALED} --rollout-backend sglang --update-weight-transfer-mode disk", "--lr")
+    found = [f.what for f in preflight(run, on("16xH100")(facts)) if f.rule == "SRV5"]
+    assert found == ["a checkpoint for servers on the trainer's GPUs"]
+
+
 def test_int4_experts_are_sent_whole(resolved: Make, facts: Facts) -> None:
     run = resolved(f"{SCALED} {INT4} --update-weight-delta", "--lr")
     found = [f for f in preflight(run, on("16xH100")(facts)) if f.rule == "I45"]
