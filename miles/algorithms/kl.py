@@ -5,13 +5,12 @@ Source: Schulman, "Approximating KL divergence" (2020); the importance-weighted 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 KlKind = Literal["k1", "k2", "k3", "low_var_kl"]
-KL_KINDS: tuple[str, ...] = get_args(KlKind)
 
 LOW_VAR_LOG_RATIO_BOUND = 20.0
 LOW_VAR_KL_BOUND = 10.0

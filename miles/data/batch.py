@@ -218,11 +218,6 @@ def pack(samples: Sequence[Sample], reward_key: str | None = None) -> TrainBatch
     return batch
 
 
-def response_rows(sample: Sample) -> slice:
-    """The rows of a sample whose targets are its response tokens."""
-    return slice(sample.prompt_length - 1, sample.num_rows)
-
-
 @dataclass(frozen=True)
 class _Responses:
     """What speaks about response tokens, one sample after another, and the rows whose targets they are."""

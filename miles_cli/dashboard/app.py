@@ -46,7 +46,8 @@ def run_dashboard(run_dirs: list[Path], symbols: str | None = None) -> int:
 def serve_dashboard(run_dirs: list[Path], port: int = 8000, symbols: str | None = None) -> int:
     """Show the runs in a browser on this machine until interrupted. Returns the exit code.
 
-    Raises Unavailable when textual-serve is not installed, and RunError for a directory that is not a run.
+    Raises Unavailable when textual-serve is not installed or the port cannot be had, and RunError for a
+    directory that is not a run.
     """
     for run_dir in run_dirs:
         RunReader(run_dir, read=False)
@@ -58,5 +59,13 @@ def serve_dashboard(run_dirs: list[Path], port: int = 8000, symbols: str | None 
             why=f"{error.name} is not installed",
             fix="pip install 'miles[web]'",
         ) from error
-    DashboardServer(run_dirs, port, symbols).serve()
+    try:
+        DashboardServer(run_dirs, port, symbols).serve()
+    except OSError as error:
+        raise Unavailable(
+            "the port cannot be had",
+            where=f"--port {port}",
+            why=error.strerror or str(error),
+            fix="another one: miles watch --web --port 8001",
+        ) from error
     return 0

@@ -89,12 +89,6 @@ def build_assets(root: Path, seed: int) -> TaskAssets:
     return write_once(root, write)
 
 
-def split_of(digits: str) -> str:
-    """The split that a digit string belongs to."""
-    bucket = int(_buckets(np.array([int("1" + digits)], dtype=np.uint64))[0])
-    return next(name for name, buckets in _SPLITS.items() if bucket in buckets)
-
-
 def _prompt(digits: str) -> str:
     return f"sort {digits}="
 

@@ -13,6 +13,9 @@ import psutil
 import pytest
 from frames import RUN
 
+from miles.errors import Unavailable
+from miles_cli.dashboard.app import serve_dashboard
+
 aiohttp = pytest.importorskip("aiohttp")
 pytest.importorskip("textual_serve")
 
@@ -48,6 +51,15 @@ def test_a_tab_shows_the_run_and_everything_ends_with_the_server() -> None:
     assert bound == {"127.0.0.1"}
     _, alive = psutil.wait_procs(children, timeout=300)
     assert not alive
+
+
+def test_a_port_that_is_taken_is_told_with_another_one() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        with pytest.raises(Unavailable, match="the port cannot be had") as error:
+            serve_dashboard([RUN], port=holder.getsockname()[1])
+    assert "miles watch --web --port" in error.value.fix
 
 
 async def visit(url: str) -> tuple[str, int, bytes]:
