@@ -79,6 +79,9 @@ def _next_commands(run_dir: Path, summary: Summary) -> Iterator[tuple[str, str]]
     if summary.status != "finished":
         yield f"miles diagnose {run_dir}", "why it ended"
         yield f"miles runs resume {run_dir}", _what_resuming_does(run_dir)
+    elif any(summary.alerts.values()):
+        yield f"miles diagnose {run_dir}", "what the alerts mean, and what to change"
+        yield f"miles watch {run_dir} --once", "curves, phases and alerts"
     else:
         yield f"miles watch {run_dir} --once", "curves, phases and alerts"
         yield f"miles diagnose {run_dir}", "is anything wrong, and what to change"

@@ -14,6 +14,7 @@ from miles.config.assignments import UNSET, Assignment, check
 from miles.config.fields import FieldInfo, Kind
 from miles.config.lookup import closest_flag, closest_key, find_flag, find_key
 from miles.config.origin import Origin, OriginKind
+from miles.config.shipped import shipped_names
 from miles.config.suggest import did_you_mean
 from miles.config.text_values import from_set, from_words
 from miles.errors import ConfigError, MilesError
@@ -135,8 +136,13 @@ class _Parser:
     def _stray(self, word: str) -> None:
         before = self.words[self.at - 2] if self.at > 1 else ""
         found = find_flag(before)
-        fix = ""
         if found and found[0].kind is Kind.BOOL:
             field = found[0]
             fix = f"{before} is a switch: write {field.flag} or {field.negation}, without a value"
+        elif word in shipped_names():
+            fix = f"a profile has a flag before it: --profile {word}"
+        elif word.endswith(".toml"):
+            fix = f"a run file has a flag before it: --config {word}"
+        else:
+            fix = "every value has a flag before it; `miles train --list-flags` lists them"
         self.problems.append(MilesError(f"unexpected word {word!r}", where=before, fix=fix))

@@ -80,7 +80,7 @@ def open_rows(path: Path) -> RowFile:
         raise DataError(
             "no such prompt file" if not path.exists() else "the prompt path is a directory, not a file",
             where=str(path),
-            fix="check --prompt-data (and --eval-prompt-data)",
+            fix="name a JSONL or Parquet file, or builtin:sort/train",
         )
     if path.suffix == ".parquet":
         rows: RowFile = ParquetRows(path)

@@ -203,6 +203,14 @@ def test_last_words_of_a_run(tmp_path: Path) -> None:
     assert any(f"miles watch {tmp_path}" in line for line in lines)
 
 
+def test_a_run_with_alerts_is_told_what_they_mean_first(tmp_path: Path) -> None:
+    ended = replace(summary(), reward_first5=None, reward_last5=None)
+    with RecordWriter(tmp_path):
+        lines = list(summary_lines(tmp_path, ended))
+    after = lines[lines.index("next:") + 1 :]
+    assert after[0].endswith("# what the alerts mean, and what to change")
+
+
 def test_a_failed_run_is_told_how_to_go_on(tmp_path: Path) -> None:
     ended = replace(summary("failed"), reward_first5=None, reward_last5=None)
     with RecordWriter(tmp_path) as record:

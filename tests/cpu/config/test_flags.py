@@ -75,7 +75,11 @@ def test_every_mistake_of_a_line_is_reported_at_once() -> None:
         ("--adam-beta1", "optimizer.adam_beta1 must be a number", ""),
         ("--rollout-batch-size", "rollout.rollout_batch_size must be greater than 0", ""),
         ("--n-samples-per-prompt", "rollout.n_samples_per_prompt must be an integer", ""),
-        ("8.5", "unexpected word 'stray'", ""),
+        (
+            "8.5",
+            "unexpected word 'stray'",
+            "every value has a flag before it; `miles train --list-flags` lists them",
+        ),
         ("--train-env-vars", "cluster.train_env_vars must be a JSON object", ""),
         ("--sglang-mem-fraction-statik", "unknown flag", "did you mean --sglang-mem-fraction-static?"),
         (
@@ -103,3 +107,12 @@ def test_every_field_can_be_set_by_its_flag() -> None:
 def test_a_flag_that_upstream_has_and_miles_has_not_is_refused() -> None:
     with pytest.raises(ConfigError, match="--lora-rank: unknown flag"):
         parse_flags(["--lora-rank", "8"])
+
+
+@pytest.mark.parametrize(
+    ("word", "fix"), [("quickstart", "--profile quickstart"), ("mine.toml", "--config mine.toml")]
+)
+def test_a_profile_or_a_run_file_without_its_flag_is_told_the_flag(word: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse_flags([word])
+    assert refusal.value.problems[0].fix.endswith(fix)
