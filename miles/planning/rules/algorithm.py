@@ -121,7 +121,7 @@ DEPENDENTS = (
             "critic.num_critic_only_steps", "critic.value_clip",
         ),
         trains_critic,
-        "--advantage-estimator ppo",
+        "--advantage-estimator ppo and a policy loss",
     ),
     Dependent(
         (

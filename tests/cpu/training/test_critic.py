@@ -10,9 +10,14 @@ import pytest
 import torch
 
 from miles.algorithms.losses import PolicyLossSettings
+from miles.arch import published_tensors, spec_from_hf_config
+from miles.arch.shrink import small_config
+from miles.arch.specs import shipped_spec
 from miles.errors import CheckpointError, MilesError, RunError
+from miles.models.decoder import Decoder
 from miles.training.native.trainer import NativeTrainer
 from miles.training.settings import AlgorithmSettings, CriticSettings, OptimizerSettings, TrainerSettings
+from miles.weights.native_map import published_views
 
 PPO = TrainerSettings(
     optimizer=OptimizerSettings(lr=1e-3),
@@ -78,6 +83,20 @@ def test_values_are_those_of_transformers(moe, spec, dense_spec, make_ppo, make_
         np.testing.assert_allclose(values[start:end][trained], theirs[trained], atol=1e-5)
         assert np.isnan(values[start:end][~trained]).all()
     assert np.nanstd(values) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3-30b-a3b", "deepseek-v3.2", "glm-4.5-air", "minimax-m2.1", "gemma-2-2b", "gemma-3n-e2b"]
+)
+def test_every_family_has_critics(name: str) -> None:
+    """Names and shapes of a small one; embeddings are never its head, and MTP layers stay behind."""
+    policy = spec_from_hf_config(small_config(shipped_spec(name), vocab_size=64))
+    with torch.device("meta"):
+        native = dict(Decoder(policy.critic).named_parameters())
+    views = {name: tuple(view.shape) for name, view in published_views(policy.critic, native)}
+    assert views == published_tensors(policy.critic)
+    assert views["score.weight"] == (1, policy.hidden_size) and "lm_head.weight" not in views
+    assert sum(p.numel() for p in native.values()) == policy.critic.num_parameters()
 
 
 def test_the_critic_routes_by_itself(spec, make_ppo, make_batch) -> None:
