@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,18 +12,26 @@ import pytest
 from e2e_support import SMALL, Cli
 from sglang_support import assert_ended, server_processes, serving
 
+from miles import environment
 from miles.rollout.sglang.server import ServerProcess
 
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache in which the built-in checkpoint has been warm-started once, whatever the number of workers."""
+    """A cache in which the built-in checkpoint has been warm-started once, whatever the number of workers.
+
+    Kernels that this checkout has compiled already come along; `test_quickstart` begins with nothing.
+    """
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     cache = root / "miles-cache"
     with (root / "miles-cache.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (cache / "checkpoints").is_dir():
+            kernels = environment.cache_dir() / "kernels"
+            if kernels.is_dir():
+                under_way = shutil.ignore_patterns(".building-*")
+                shutil.copytree(kernels, cache / "kernels", ignore=under_way, dirs_exist_ok=True)
             warm = Cli(cache, root / "warm-runs")
             done = warm("train", *SMALL, "--num-rollout", "1", "--skip-eval-before-train")
             assert done.returncode == 0, done.stderr

@@ -38,6 +38,8 @@ class Cli:
     runs: Path
     in_own_network: bool = field(default=False, kw_only=True)
     """Commands belong to the network namespace of this thread."""
+    imported: Sequence[str] = field(default=preloaded.RUNS, kw_only=True)
+    """What commands find imported."""
     _processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
@@ -63,7 +65,7 @@ class Cli:
     ) -> subprocess.Popen[str] | None:
         """The same without the time that imports take, where that can be."""
         can_be = sys.platform == "linux" and not self.in_own_network and not options
-        return preloaded.miles(arguments, self.environment, cwd) if can_be else None
+        return preloaded.miles(arguments, self.environment, cwd, self.imported) if can_be else None
 
     def __call__(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **options)

@@ -37,6 +37,7 @@ MEGATRON = (
     "megatron.core.distributed",
     "megatron.core.optimizer",
 )
+MEGATRON_RUNS = (*RUNS, *MEGATRON)
 PR_SET_CHILD_SUBREAPER = 36
 THREADS = "1"
 """Of each process: what the plan of a small run says, and what a process that forks must have."""

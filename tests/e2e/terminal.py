@@ -56,7 +56,7 @@ class Terminal:
                 f"ended with {self.exit_code} before {what}:\n{self.text()[-2000:]}"
             )
             assert time.monotonic() < deadline, f"{what} did not happen:\n{self.text()[-4000:]}"
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def wait_for_text(self, text: str) -> None:
         self.wait_for(lambda: text in self.text(), f"{text!r}")

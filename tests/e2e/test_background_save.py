@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+import preloaded
 import pytest
 from e2e_support import Cli, metrics_of
 
@@ -22,7 +23,8 @@ ARGUMENTS = (
 
 
 def test_a_run_killed_while_its_checkpoint_is_on_its_way_resumes_exactly(cli: Cli, tmp_path) -> None:
-    whole = Cli(cli.cache, tmp_path / "whole")
+    cli.imported = preloaded.MEGATRON_RUNS
+    whole = Cli(cli.cache, tmp_path / "whole", imported=cli.imported)
     done = whole(*ARGUMENTS)
     assert done.returncode == 0, done.stderr
     told = RunReader(whole.only_run()).events("checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,21 +20,22 @@ SHORT = (*SMALL, "--num-rollout", "5", "--save-interval", "2")
 
 
 @pytest.fixture(scope="module")
-def inline(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, float]]:
+def inline(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process."""
     cli = Cli(shared_cache, tmp_path_factory.mktemp("one-process"))
     done = cli("train", *SHORT)
     assert done.returncode == 0, done.stderr
-    return metrics_of(cli.only_run())
+    return cli.only_run()
 
 
-def assert_same(run: Path, expected: dict[int, dict[str, float]]) -> None:
-    found = metrics_of(run)
+def assert_same(run: Path, other: Path) -> None:
+    found, expected = metrics_of(run), metrics_of(other)
     assert found.keys() == expected.keys()
     for step, metrics in expected.items():
         assert found[step] == pytest.approx(metrics, abs=1e-5, rel=1e-5), step
 
 
-def test_two_ranks_give_the_metrics_of_one_process(cli: Cli, inline: dict[int, dict[str, float]]) -> None:
+def test_two_ranks_give_the_metrics_of_one_process(cli: Cli, inline: Path) -> None:
     done = cli("train", *SHORT, "--executor", "ray", "--data-parallel-size", "2")
     assert done.returncode == 0, done.stderr
     assert_same(cli.only_run(), inline)
@@ -41,18 +43,14 @@ def test_two_ranks_give_the_metrics_of_one_process(cli: Cli, inline: dict[int, d
     assert {"trainer-0", "trainer-1"} <= writers
 
 
-def test_two_ranks_go_on_from_the_checkpoint_of_one_process(
-    cli: Cli, inline: dict[int, dict[str, float]]
-) -> None:
-    assert cli("train", *SHORT).returncode == 0
+def test_two_ranks_go_on_from_the_checkpoint_of_one_process(cli: Cli, inline: Path) -> None:
+    shutil.copytree(inline, cli.runs / inline.name)
     resumed = cli("runs", "resume", "last", "--from-step", "2", "--set", "training.data_parallel_size=2")
     assert resumed.returncode == 0, resumed.stderr
     assert_same(cli.only_run(), inline)
 
 
-def test_a_killed_rank_brings_both_back_from_the_last_checkpoint(
-    cli: Cli, inline: dict[int, dict[str, float]]
-) -> None:
+def test_a_killed_rank_brings_both_back_from_the_last_checkpoint(cli: Cli, inline: Path) -> None:
     process = cli.start("train", *SHORT, "--data-parallel-size", "2")
     cli.wait_until(lambda: last_step(cli) >= 3, process)
     os.kill(pid_of(cli.only_run(), "trainer-1"), signal.SIGKILL)
