@@ -11,6 +11,7 @@ from miles.record.status import RunStatus
 from miles_cli.dashboard.track import TrackView
 
 SEVERITIES = ("critical", "warning", "info")
+EMPTIED = "the run directory was taken away; this is what was read before"
 GONE = "the process is gone: killed, out of memory, or its machine was lost"
 
 
@@ -105,10 +106,12 @@ class RunSnapshot:
 
     @property
     def cause_of_death(self) -> str | None:
-        """What ended a run that failed or whose process is gone; None for every other run."""
+        """What ended a run that failed, or whose process or directory is gone; None for every other run."""
         if self.status is RunStatus.FAILED:
             told = (line.text for line in reversed(self.log) if line.level == "critical")
             return next(told, "failed without a word")
+        if self.status is RunStatus.EMPTY and self.last_time:
+            return EMPTIED
         return GONE if self.status is RunStatus.DEAD else None
 
     def alert_counts(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,16 @@ def test_a_finished_run_is_told_from_its_directory_alone() -> None:
     assert run.tracks["train/grad_norm"].at(87) != run.tracks["train/grad_norm"].at(87)
     assert [a.rule for a in run.open_alerts] == ["MM6", "MM8"]
     assert next(a for a in run.alerts if a.rule == "NF1").cleared_step == 107
+
+
+def test_a_directory_that_is_taken_away_leaves_what_was_read(tmp_path: Path) -> None:
+    write(tmp_path / "run", range(1, 4))
+    feed = RunFeed(tmp_path / "run")
+    assert feed.snapshot().step == 3
+    shutil.rmtree(tmp_path / "run")
+    feed.advance()
+    run = feed.snapshot()
+    assert run.step == 3 and run.cause_of_death is not None and "taken away" in run.cause_of_death
 
 
 def test_steps_of_an_abandoned_attempt_are_gone(tmp_path: Path) -> None:
