@@ -168,7 +168,7 @@ def _end(
         refused = _unwritten(job.run_dir, error)
     if ending.crash is not None:
         raise ending.crash
-    code = _exit_code(ending.status, supervisor.signal)
+    code = ending.error.exit_code if ending.error else _exit_code(ending.status, supervisor.signal)
     return RunOutcome(job.run_dir, summary, code, ending.error or refused)
 
 

@@ -88,12 +88,11 @@ class RayRuntime:
                 _temp_dir=self._temp_dir,
                 **common,
             )
-        except (RuntimeError, OSError, ValueError) as error:
+        except Exception as error:  # Ray raises bare Exceptions of its own, for a slow start among others.
             raise Unavailable(
                 "Ray did not start" if not self._in_cluster else "the job cannot reach its own cluster",
-                where=self._temp_dir or "",
                 why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-                fix="take --executor inline, or look at the logs of Ray in that directory",
+                fix="try again when the machine is less busy, or take --executor inline",
             ) from error
 
 

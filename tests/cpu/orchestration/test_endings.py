@@ -73,7 +73,9 @@ def test_an_attempt_is_copied_to_the_trackers_that_it_asks_for(
         ending = launch._attempt(
             cast(Job, job), cast(launch.Executor, executor), record, supervisor, SilentObserver()
         )
-    assert ending.status is RunStatus.FAILED and "wandb" in str(ending.error)
+        outcome = launch._end(cast(Job, job), ending, record, History(), supervisor, 1.0)
+    assert ending.status is RunStatus.FAILED and "wandb" in str(outcome.error)
+    assert outcome.exit_code is ExitCode.UNAVAILABLE, "what was missing is not a failure of the run"
 
 
 def _no_tracker(run_dir: Path, attempt: int) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from miles import environment
 from miles.errors import ExitCode, Unavailable
 from miles.orchestration.ray_environment import load_ray, prepare_client, prepare_private_runtime
+from miles.orchestration.ray_runtime import RayRuntime
+from miles.planning import Plan
 
 VARIABLES = (
     "RAY_AUTH_MODE",
@@ -47,3 +51,12 @@ def test_a_client_sends_the_token_where_there_is_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     prepare_client()
     assert environment.get("RAY_AUTH_MODE") == "token"
+
+
+def test_a_runtime_that_does_not_come_up_is_unavailable_not_a_defect() -> None:
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    with pytest.raises(Unavailable, match="cannot reach its own cluster") as caught:
+        RayRuntime(in_cluster=True)._connect(SimpleNamespace(init=init), cast(Plan, None))
+    assert "timed out" in caught.value.why
