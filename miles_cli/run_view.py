@@ -174,6 +174,10 @@ def _kernel_not_built(fields: Mapping[str, Any]) -> str:
     return f"torch decodes: {fields['reason']}"
 
 
+def _kernel_not_exact(fields: Mapping[str, Any]) -> str:
+    return f"torch computes: {fields['reason']}"
+
+
 def _other(fields: Mapping[str, Any]) -> str:
     """Events without a sentence of their own are in the record; they are not said."""
     return ""
@@ -194,6 +198,7 @@ EVENT_TEXTS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "restart": _restart,
     "node_lost": _node_lost,
     "kernel_not_built": _kernel_not_built,
+    "kernel_not_exact": _kernel_not_exact,
 }
 
 ALWAYS_SAID = ("alert", "non_finite", "worker_dead", "restart", "node_lost", "stopping")

@@ -92,7 +92,7 @@ class _Probe:
     def check_decoder(self, numerics: ExactNumerics) -> None:
         """Raise when a decoder of one layer of each kind, with few experts, gives decoded tokens other hidden
         states than packed ones."""
-        spec = _smallest(self.spec)
+        spec = smallest(self.spec)
         decoder = Decoder(spec, self.dtype).to(self.device)
         for name, parameter in decoder.named_parameters():
             fill = torch.ones if name.endswith("norm") else self._random
@@ -177,7 +177,7 @@ def _short(attention: AttentionSpec) -> AttentionSpec:
     return replace(attention, window=window, chunk=chunk, indexer=indexer)
 
 
-def _smallest(spec: ArchSpec) -> ArchSpec:
+def smallest(spec: ArchSpec) -> ArchSpec:
     """One layer of each kind with at most `MOST_EXPERTS` experts, and a few tokens' embeddings."""
     layers = []
     for layer in dict.fromkeys(spec.layers):

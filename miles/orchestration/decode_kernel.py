@@ -1,5 +1,6 @@
 """The kernels of a plan, compiled. A compiler that fails never stops a run: torch computes instead. With
-exact numerics it does so on both sides, and a worker for which it fails alone is refused.
+exact numerics it does so on both sides, also where both were compiled and are not exact (`kernel_probe`), and
+a worker for which it fails alone is refused.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from miles.arch import load_spec
 from miles.models.compiled import build as training
 from miles.models.compiled.build import BuildFailed
+from miles.models.compiled.exact import CompiledExactNumerics
+from miles.models.compiled.library import Library
+from miles.orchestration.kernel_probe import kernels_part
 from miles.orchestration.observer import Observer
 from miles.planning import Plan
 from miles.planning.decode_kernel import KernelPlan
@@ -19,16 +24,33 @@ from miles.rollout.native.fused import build as decoding
 Build = Callable[[str], Path]
 
 
-def settle(plan: Plan, observer: Observer) -> Plan:
-    """The plan with its kernels in the cache; where that failed, a plan with torch that says why."""
+def settle(plan: Plan, observer: Observer, model: Path) -> Plan:
+    """The plan with its kernels in the cache; where that failed, a plan with torch that says why. `model`:
+    the checkpoint of the run."""
     decode = _settled(plan.decode, decoding.library, observer)
     train = _settled(plan.train_kernel, training.library, observer)
+    if plan.numerics == "exact" and decode is not None and train is not None:
+        decode, train = _settled_exact(decode, train, observer, model)
     if (decode, train) == (plan.decode, plan.train_kernel):
         return plan
-    if plan.numerics == "exact":
-        assert decode is not None and train is not None, "exact kernels come in pairs"
-        decode = train = train if train.compiler is None else decode
     return replace(plan, decode=decode, train_kernel=train)
+
+
+def _settled_exact(
+    decode: KernelPlan, train: KernelPlan, observer: Observer, model: Path
+) -> tuple[KernelPlan, KernelPlan]:
+    """Both or neither."""
+    if decode.compiler is None or train.compiler is None:
+        torchs = train if train.compiler is None else decode
+        return torchs, torchs
+    numerics = CompiledExactNumerics(Library(training.library(train.compiler)))
+    where = kernels_part(load_spec(model), numerics, decoding.library(decode.compiler))
+    if where is None:
+        return decode, train
+    reason = f"compiled kernels are not exact on this machine: {where}"
+    observer.on_event("kernel_not_exact", {"reason": reason})
+    torchs = KernelPlan("torch", reason)
+    return torchs, torchs
 
 
 def _settled(kernel: KernelPlan | None, build: Build, observer: Observer) -> KernelPlan | None:

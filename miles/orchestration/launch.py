@@ -64,7 +64,8 @@ def run(
     """
     observer, lineage = observer or SilentObserver(), lineage or Lineage()
     source = locate_checkpoint(resolved, observer)
-    run_dir, plan = (run_dir or new_run_dir(resolved)).resolve(), settle(plan, observer)
+    run_dir = (run_dir or new_run_dir(resolved)).resolve()
+    plan = settle(plan, observer, source.directory)
     job = Job(resolved, plan, source, run_dir, in_cluster=in_cluster, lineage=lineage)
     more: dict[str, Any] = {} if lineage.parent is None else {"parent": lineage.parent}
     write_identity(run_dir, resolved, plan, **more)
