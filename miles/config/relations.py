@@ -49,6 +49,7 @@ NEEDS: dict[str, str | tuple[str, ...]] = {
     "reward.overlong_penalty_factor": "reward.overlong_buffer_len",
     "rollout.buffer_filter_path": "rollout.partial_rollout",
     "rollout.mask_offpolicy_in_partial_rollout": "rollout.partial_rollout",
+    "rollout.max_weight_staleness": "rollout.fully_async",
     "rollout.async_max_concurrent_samples": "rollout.fully_async",
     "rollout.async_data_buffer_capacity_factor": "rollout.fully_async",
     "rollout.async_unused_samples_handler": "rollout.fully_async",
@@ -164,6 +165,16 @@ EXCLUSIVE = (
         "samples of older weights cannot agree with the weights that learn from them",
     ),
     (
+        "rollout.partial_rollout",
+        "rollout.fully_async",
+        "nobody is cut off at the end of a rollout: requests go on under new weights",
+    ),
+    (
+        "rollout.over_sampling_batch_size",
+        "rollout.fully_async",
+        "groups begin one by one, as others are finished or filtered",
+    ),
+    (
         "training.use_dynamic_batch_size",
         "training.micro_batch_size",
         "a token budget or a sample count decides",
@@ -201,6 +212,7 @@ ORDERED = (
     ("optimizer.min_lr", "optimizer.lr"),
     ("reward.overlong_buffer_len", "rollout.rollout_max_response_len"),
     ("rollout.rollout_batch_size", "rollout.over_sampling_batch_size"),
+    ("rollout.n_samples_per_prompt", "rollout.async_max_concurrent_samples"),
     ("rollout.rollout_max_prompt_len", "rollout.rollout_max_context_len"),
     ("eval.eval_max_prompt_len", "eval.eval_max_context_len"),
 )

@@ -156,6 +156,16 @@ class RecordView:
         return bool(ahead) or self.update_interval > 1
 
     @property
+    def allowed_staleness(self) -> int:
+        """Versions by which finished samples may lag in an asynchronous run; without a bound the buffer's."""
+        if not self.setting("rollout.fully_async"):
+            return 0
+        bound = self.setting("rollout.max_weight_staleness")
+        if bound is None:
+            bound = 1 + (self.setting("rollout.async_data_buffer_capacity_factor") or 2.0)
+        return int(bound)
+
+    @property
     def update_interval(self) -> int:
         """Steps between two weight updates."""
         return int(self.setting("weight_sync.update_weights_interval") or 1)

@@ -39,6 +39,7 @@ from miles.rollout.generate import GenerationSettings
 from miles.rollout.native.draft import SpeculationSettings
 from miles.rollout.native.engine import EngineSettings
 from miles.rollout.sglang.engine import SglangSettings
+from miles.rollout.staleness import FlowSettings
 from miles.training.megatron.layout import Implementation, MegatronLayout
 from miles.training.megatron.options import MegatronOptions
 from miles.training.settings import (
@@ -243,6 +244,19 @@ def collect_settings(config: RunConfig, plan: Plan) -> CollectSettings:
         dynamic_filter=None if name is None else filters[name],
         reward_key=config.reward.reward_key,
         keep_unused=rollout.partial_rollout,
+    )
+
+
+def flow_settings(config: RunConfig, plan: Plan) -> FlowSettings:
+    """How much is begun where engines never pause; by default a batch is in flight."""
+    rollout, batch = config.rollout, plan.batch.rollout_batch_size
+    samples = rollout.async_max_concurrent_samples
+    return FlowSettings(
+        rollout_batch_size=batch,
+        max_in_flight=batch if samples is None else samples // plan.batch.n_samples_per_prompt,
+        capacity=int(rollout.async_data_buffer_capacity_factor * batch),
+        max_staleness=rollout.max_weight_staleness,
+        retry_stale=rollout.async_unused_samples_handler == "retry",
     )
 
 

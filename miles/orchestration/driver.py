@@ -64,6 +64,19 @@ class TrainSide(Protocol):
     async def load(self, directory: Path) -> None: ...
 
 
+class Stream(Protocol):
+    """A rollout side that samples without pause, from step to step."""
+
+    def serve(self, version: int) -> None:
+        """The engines serve `version` from now on."""
+
+    def flowing(self, step: int, last_step: int) -> AbstractAsyncContextManager[None]:
+        """Samples while its body runs; `step` is given the first batch."""
+
+    def waiting(self) -> list[list[Sample]]:
+        """Groups that were drawn and not given to a step: prompts alone, or finished."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """When things happen, in steps."""
@@ -98,12 +111,16 @@ class Driver:
     state: LoopState = field(default_factory=LoopState)
     ahead: Ahead = field(default_factory=Ahead)
     turns: Turns = field(default_factory=NoTurns)
+    stream: Stream | None = None
+    """The rollout side again, where it samples without pause."""
     version: int | None = None
     """Of the weights that the engines serve: the step that made them."""
     _saves: Saves = field(init=False)
     _step_started: float = field(default_factory=time.perf_counter)
     _phase_seconds: dict[str, float] = field(default_factory=dict)
     _first_step: int | None = None
+    _held: list[list[Sample]] = field(default_factory=list)
+    """Groups drawn by the cursor of `state` and not trained on."""
 
     def __post_init__(self) -> None:
         self._saves = Saves(self.store, self.trainer, self.schedule.save_beside)
@@ -140,6 +157,11 @@ class Driver:
         """Sample for `step` while the body runs, when there is such a step."""
         return nullcontext() if step > self.schedule.num_rollout else self.ahead.beside(self.collect(step))
 
+    def sampling(self) -> AbstractAsyncContextManager[None]:
+        """Sample without pause while the body runs."""
+        assert self.stream is not None, "the schedule asks for a rollout side that samples without pause"
+        return self.stream.flowing(self.state.step + 1, self.schedule.num_rollout)
+
     async def train(self, step: int, rollout: StepRollout) -> TrainResult:
         """Learn from the samples of a step, after keeping the step where that is asked for."""
         await self.turns.to_training()
@@ -166,6 +188,8 @@ class Driver:
             await self.turns.to_update()
             await self.weight_sync.send(version=step)
             self.version = step
+            if self.stream is not None:
+                self.stream.serve(step)
             await self.turns.to_rollout()
 
     async def update_weights(self, step: int) -> None:
@@ -207,8 +231,9 @@ class Driver:
         perf = {"perf/step_time": seconds}
         if "update_weights" in self._phase_seconds and self.weight_sync is not None:
             perf["perf/update_weights_time"] = self._phase_seconds["update_weights"]
-        if self.ahead.waited is not None:
-            perf["perf/wait_time_ratio"] = self.ahead.waited / seconds
+        waited = self.ahead.waited if self.stream is None else self._phase_seconds.get("rollout")
+        if waited is not None:
+            perf["perf/wait_time_ratio"] = waited / seconds
         tokens = sum(len(sample.tokens) for sample in rollout.samples)
         return perf | {"perf/tokens_per_sec": tokens / seconds}
 
@@ -224,6 +249,8 @@ class Driver:
             seconds=self.state.seconds + seconds,
             skipped_in_a_row=self.state.skipped_in_a_row + 1 if skipped else 0,
         )
+        # Of the same moment as the cursor: a stream goes on drawing.
+        self._held = [*self.rollout.prompts.held, *(self.stream.waiting() if self.stream else ())]
 
     def _report_events(self, step: int, update: TrainResult) -> None:
         for event in update.events:
@@ -341,8 +368,8 @@ class Driver:
         trainer = directory / TRAINER_DIR
         trainer.mkdir()
         await self.trainer.save(trainer, optimizer=self.schedule.save_optimizer)
-        if self.rollout.prompts.held:
-            write_groups(directory / HELD_GROUPS, self.rollout.prompts.held)
+        if self._held:
+            write_groups(directory / HELD_GROUPS, self._held)
         self.ahead.write(directory)
 
     @staticmethod

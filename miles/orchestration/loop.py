@@ -12,6 +12,8 @@ Loop = Callable[[Driver], Awaitable[None]]
 
 def loop_of(config: RunConfig) -> Loop:
     """The schedule that a run asks for."""
+    if config.rollout.fully_async:
+        return fully_asynchronous
     return one_step_ahead if config.rollout.one_step_ahead else synchronous
 
 
@@ -38,3 +40,18 @@ async def one_step_ahead(driver: Driver) -> None:
             update = await driver.train(step, rollout)
         await driver.update_weights(step)
         await driver.finish_step(step, rollout, update)
+
+
+async def fully_asynchronous(driver: Driver) -> None:
+    """The engines sample without pause; a step takes what is finished as soon as it is enough.
+
+    Weights change while requests go on, so a response may hold tokens of several versions, each of which is
+    recorded. How old the oldest may be is bounded by what is begun, and by what is given back.
+    """
+    await driver.begin()
+    async with driver.sampling():
+        while (step := driver.next_step()) is not None:
+            rollout = await driver.collect(step)
+            update = await driver.train(step, rollout)
+            await driver.update_weights(step)
+            await driver.finish_step(step, rollout, update)

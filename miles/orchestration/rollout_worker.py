@@ -96,10 +96,14 @@ class RolloutWorker:
             self._settings,
         )
         self.prompts.put_back(rollout.unused)
-        self.prompts.lengths.observe(rollout.groups)
+        return await self._complete(rollout.groups, rollout.metrics, started)
+
+    async def _complete(self, groups: list[Group], metrics: dict[str, float], started: float) -> StepRollout:
+        """What a step is given of finished groups. `started`: when sampling them began, in seconds."""
+        self.prompts.lengths.observe(groups)
         if self._shaping is not None:
-            await self._shaping.filter(rollout.groups)
-        samples = _with_reward(rollout.groups)
+            await self._shaping.filter(groups)
+        samples = _with_reward(groups)
         shaped = {} if self._shaping is None else await self._shaping.shape(samples)
         if self._teachers is not None:
             asked = time.perf_counter()
@@ -109,7 +113,7 @@ class RolloutWorker:
         generated = sum(sample.response_length for sample in samples)
         speed = {"perf/rollout_time": seconds, "perf/rollout_tokens_per_sec": generated / seconds}
         speed |= await self._break_even()
-        return StepRollout(samples, rollout.metrics | shaped | self._row_problems() | speed)
+        return StepRollout(samples, metrics | shaped | self._row_problems() | speed)
 
     def _draw(self, count: int) -> list[Group]:
         """The next groups; what is likely to take long is begun first."""

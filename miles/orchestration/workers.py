@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from miles.diagnosis.live import SAMPLING_SETTINGS
 from miles.diagnosis.monitor import Monitor
 from miles.models.allocator import keep_freed_memory
 from miles.orchestration import assemble
+from miles.orchestration.async_rollout import AsyncRolloutWorker
 from miles.orchestration.checkpoints import CheckpointStore
 from miles.orchestration.critic_start import start_critic
 from miles.orchestration.decode_kernel import decode_library
@@ -150,7 +153,10 @@ def build_sampling(
     config, plan = job.resolved.config, job.plan
     stops = assemble.stop_tokens(config, spec, tokenizer)
     skip_special = config.rollout.rollout_skip_special_tokens
-    worker = RolloutWorker(
+    make: Callable[..., RolloutWorker] = RolloutWorker
+    if config.rollout.fully_async:
+        make = partial(AsyncRolloutWorker, assemble.flow_settings(config, plan))
+    worker = make(
         engine=engine,
         prompts=assemble.prompt_source(config, plan, tokenizer),
         score=score,
@@ -210,6 +216,7 @@ async def build_driver(
         observer=observer,
         monitor=Monitor(record, config.model_dump()),
         turns=turns or NoTurns(),
+        stream=rollout if isinstance(rollout, AsyncRolloutWorker) else None,
     )
     if job.resume_from is not None:
         patch, state = job.lineage.live_patch, store.load_state(job.resume_from)

@@ -217,7 +217,9 @@ def _derived(subject: Subject) -> list[Derived]:
     rows.append(Derived("run.threads", subject.threads.count, subject.threads.rule))
     if config.run.executor == "auto":
         one = "one trainer and one engine on one machine, taking turns"
-        several = "several trainer ranks, engines or reward workers, one step ahead, or a cluster"
+        several = (
+            "several trainer ranks, engines or reward workers, one step ahead, fully async, or a cluster"
+        )
         rows.append(
             Derived("run.executor", subject.executor, one if subject.executor == "inline" else several)
         )

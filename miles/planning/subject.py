@@ -93,7 +93,7 @@ class Subject:
             config.engine.num_engines if config.rollout.backend == "native" else 1,
             config.reward.num_reward_workers,
         )
-        several = max(counts) > 1 or config.rollout.one_step_ahead
+        several = max(counts) > 1 or config.rollout.one_step_ahead or config.rollout.fully_async
         return "ray" if several or config.cluster.address is not None else "inline"
 
     @property
@@ -380,7 +380,10 @@ class Subject:
         assert spec is not None and batch is not None and context is not None
         if not self.routing_replay:
             return 0
-        return batch.samples_per_rollout * context * len(spec.moe_layers) * spec.top_k * 2
+        rollout = self.config.rollout
+        # The batch that is trained on, and what waits beside it.
+        batches = 1 + rollout.async_data_buffer_capacity_factor if rollout.fully_async else 1
+        return int(batches * batch.samples_per_rollout) * context * len(spec.moe_layers) * spec.top_k * 2
 
     @property
     def _mtp_parameters(self) -> int:

@@ -86,7 +86,9 @@ async def collect(
                 drawn = draw(settings.over_sampling_batch_size)
                 groups_drawn += len(drawn)
                 for group in drawn:
-                    in_flight[asyncio.create_task(_answer(group, generate, score))] = group[0].group_index
+                    in_flight[asyncio.create_task(answer_group(group, generate, score))] = group[
+                        0
+                    ].group_index
             done, _ = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
             # A set has no order of its own; the lower group index goes first.
             for task in sorted(done, key=lambda task: in_flight[task] or 0):
@@ -109,7 +111,7 @@ async def collect(
     return Rollout(groups.accepted, metrics, groups_drawn, groups.unused)
 
 
-async def _answer(group: Group, generate: Generate, score: Score) -> Group:
+async def answer_group(group: Group, generate: Generate, score: Score) -> Group:
     """Generate and score one group; a group with an aborted member, or with all of its rewards, is not
     scored.
     """

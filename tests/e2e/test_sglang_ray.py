@@ -79,5 +79,26 @@ def test_a_killed_megatron_trainer_resumes_by_itself_from_the_last_checkpoint(
     assert sglang_server.ended is None
 
 
+def test_a_server_goes_on_while_weights_change_under_it(cli: Cli, sglang_server: ServerProcess) -> None:
+    """Fully asynchronous: requests in flight get new weights, and no token is older than the bound."""
+    flow = ("--fully-async", "--max-weight-staleness", "2", "--use-tis", "--sample-records-per-step", "64")
+    done = cli(*TRAIN, *FEW, *flow, "--num-rollout", "6", *ATTACHED, sglang_server.url)
+    assert done.returncode == 0, done.stderr
+    reader = RunReader(cli.only_run())
+    rows = {row.step: row.metrics for row in reader.rows() if row.step}
+    seen: set[int] = set()
+    for step in range(1, 7):
+        samples = reader.samples(step)
+        groups = {sample["group_index"] for sample in samples}
+        assert len(groups) == 8 and len(samples) == 64 and not groups & seen
+        seen |= groups
+        versions = {version for sample in samples for version, _ in sample["weight_versions"]}
+        assert min(versions) >= step - 3 and max(versions) <= step - 1
+        assert rows[step]["rollout/fully_async/max_staleness"] == step - 1 - min(versions)
+        assert rows[step]["route/replayed_rows_frac"] == 1.0
+    assert max(row["rollout/fully_async/stale_ratio"] for row in rows.values()) > 0
+    assert sglang_server.ended is None
+
+
 def last_step(cli: Cli) -> int:
     return max((RunReader(run).history.last_step or 0 for run in cli.runs.glob("*-*")), default=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from miles.config.sections.base import Flag, Integers, Section, Strings
 
@@ -53,16 +53,17 @@ class RolloutSection(Section):
     """Sample without pause; training takes finished groups as they come."""
 
     max_weight_staleness: NonNegativeInt | None = None
-    """Weight versions a sample may lag behind the trainer before it is dropped or retried."""
+    """Weight versions (steps of the trainer) that the oldest token of a group may lag behind the weights that
+    learn from it; default: only the buffer bounds it."""
 
     async_max_concurrent_samples: PositiveInt | None = None
-    """Samples in flight under `fully_async`."""
+    """Samples in flight under `fully_async`, in whole groups; default: those of one rollout."""
 
-    async_data_buffer_capacity_factor: PositiveFloat = 2.0
-    """Finished groups held under `fully_async`, in units of `rollout_batch_size`."""
+    async_data_buffer_capacity_factor: Annotated[float, Field(ge=1.0)] = 2.0
+    """Groups in flight or finished and not taken under `fully_async`, in units of `rollout_batch_size`."""
 
-    async_unused_samples_handler: Literal["retry", "drop"] = "drop"
-    """What happens to samples that grew too stale."""
+    async_unused_samples_handler: Literal["retry", "drop"] = "retry"
+    """Where a group grew too stale: its prompt goes back and is sampled again, or is dropped with it."""
 
     rollout_temperature: NonNegativeFloat = 1.0
     """Sampling temperature; 0 is greedy."""

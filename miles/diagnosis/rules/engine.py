@@ -24,8 +24,8 @@ TOKEN_MISMATCH = "rollout/tito_session_mismatch_rate/"
     "The engine's weights do not advance",
     tier=Tier.NUMERICS,
     severity=Severity.CRITICAL,
-    symptom="the newest weight version of the samples has been the same for three steps (with "
-    "update_weights_interval N for N + 2)",
+    symptom="the newest weight version of the samples has been the same for three steps, and as many more as "
+    "update_weights_interval and the staleness of asynchronous rollouts allow",
     cause="weight updates do not reach the engine: the sync is skipped, fails, or goes to another engine",
     remedy="look at the update_weights phase and the engine's log; send the weights again or restart the "
     "engine",
@@ -33,7 +33,7 @@ TOKEN_MISMATCH = "rollout/tito_session_mismatch_rate/"
     thresholds=("sync_lag",),
 )
 def stale_engine(view: RecordView) -> Match | None:
-    lag = view.thresholds.sync_lag + view.update_interval - 1
+    lag = view.thresholds.sync_lag + view.update_interval - 1 + view.allowed_staleness
     series = view.series(NEWEST)
     versions = series.values[-lag:]
     if len(versions) < lag or len(set(versions)) > 1:
@@ -82,6 +82,8 @@ def stale_samples(view: RecordView) -> Match | None:
         "engines wait, or samples are dropped",
         (("rollout.max_weight_staleness", int(view.thresholds.staleness)),),
     )
+    if not view.foreign and not view.setting("rollout.fully_async"):
+        bound = Fix("fewer rollouts that older weights begin", FixKind.MANUAL, "less overlap")
     if view.update_interval > 1:
         patch = (("weight_sync.update_weights_interval", 1),)
         bound = Fix("send weights at every step", FixKind.RESUME, "more time for weight updates", patch)

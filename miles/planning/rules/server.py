@@ -95,8 +95,10 @@ def broadcast_does_not_reach(subject: Subject) -> Iterator[Found]:
         yield Found(f"broadcast to {elsewhere[0]}", setting)
     if subject.on_gpus and config.cluster.colocate:
         yield Found("broadcast to servers on the trainer's GPUs", setting)
-    if config.rollout.one_step_ahead:
+    if config.rollout.one_step_ahead or config.rollout.fully_async:
         yield Found("broadcast, and a trainer that learns beside the rollout", setting)
+    if config.weight_sync.update_weights_interval > 1:
+        yield Found("broadcast, and rollouts of older weights than the trainer's", setting)
 
 
 @rule(

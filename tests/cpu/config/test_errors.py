@@ -229,6 +229,8 @@ CONFLICTS = [
     ("--use-dynamic-batch-size", "has no effect without training.max_tokens_per_gpu"),
     ("--use-dynamic-batch-size --max-tokens-per-gpu 9 --micro-batch-size 1", "exclude each other"),
     ("--num-rollout 3 --num-epoch 1", "rollout.num_rollout and rollout.num_epoch exclude each other"),
+    ("--fully-async --partial-rollout", "rollout.partial_rollout and rollout.fully_async exclude each other"),
+    ("--max-weight-staleness 2", "rollout.max_weight_staleness"),
     ("--fully-async --colocate", "cluster.colocate and rollout.fully_async exclude each other"),
     ("--rollout-batch-size 8 --over-sampling-batch-size 4", "is above rollout.over_sampling_batch_size = 4"),
     ("--advantage-estimator reinforce_plus_plus", "reinforce_plus_plus needs normalize_advantages"),

@@ -96,7 +96,7 @@ def test_every_field_can_be_set_by_its_flag() -> None:
     words |= {Kind.STRINGS: ["x", "y"], Kind.INTEGERS: ["1", "2"]}
     for field in fields():
         values = [field.choices[0]] if field.choices else words[field.kind]
-        if field.name == "eps_clip_c":
+        if field.name in ("eps_clip_c", "async_data_buffer_capacity_factor"):
             values = ["3.0"]
         (assignment,) = parse_flags([field.flag, *values])
         assert assignment.dotted == field.dotted

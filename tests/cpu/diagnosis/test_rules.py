@@ -114,7 +114,7 @@ CASES = (
     Case("RO5", {"eval/sort": lambda s: 0.5, "rollout/raw_reward": lambda s: 0.05 * s},
          says="eval/sort 0.500 -> 0.500"),
     Case("RO7", {"rollout/weight_version/min": lambda s: max(0, s - 8)}, says="7.0 versions old",
-         patch={"rollout.max_weight_staleness": 4}),
+         config={"rollout": {"fully_async": True}}, patch={"rollout.max_weight_staleness": 4}),
     Case("RO7", {"rollout/weight_version/min": lambda s: max(0, (s - 1) // 20 * 20)},
          config={"weight_sync": {"update_weights_interval": 20}},
          patch={"weight_sync.update_weights_interval": 1}),
@@ -358,10 +358,18 @@ def test_a_wider_gap_is_normal_where_the_engine_is_quantised(
     assert BY_ID["MM6"].check(RecordView.of_run(reader)) is not None
 
 
-def test_an_engine_between_two_updates_is_not_stuck(write_run) -> None:
-    steps = [{"rollout/weight_version/max": float(step // 4 * 4)} for step in range(12)]
-    config = {"weight_sync": {"update_weights_interval": 4}}
-    assert BY_ID["SY17"].check(RecordView.of_run(write_run(steps, config=config))) is None
+@pytest.mark.parametrize(
+    ("config", "version"),
+    [
+        ({"weight_sync": {"update_weights_interval": 4}}, lambda step: step // 4 * 4),
+        ({"rollout": {"fully_async": True, "max_weight_staleness": 3}}, lambda step: max(step - 3, 0)),
+    ],
+)
+def test_an_engine_between_two_updates_is_not_stuck(write_run, config, version) -> None:
+    steps = [{"rollout/weight_version/max": float(version(step))} for step in range(12)]
+    for length in range(4, 12):
+        reader = write_run(steps[:length], config=config, name=f"{length}")
+        assert BY_ID["SY17"].check(RecordView.of_run(reader)) is None
 
 
 @pytest.mark.parametrize("setting", ["one_step_ahead", "fully_async"])

@@ -670,6 +670,14 @@ CASES: dict[str, tuple[Case, Case]] = {
         Case("--update-weights-interval 2 --true-on-policy-mode"),
         Case("--update-weights-interval 2"),
     ),
+    "OFF4": (
+        Case("--fully-async --max-weight-staleness 1 --update-weights-interval 3"),
+        Case("--fully-async --max-weight-staleness 2 --update-weights-interval 3"),
+    ),
+    "OFF5": (
+        Case("--fully-async --pause-generation-mode abort"),
+        Case("--fully-async --pause-generation-mode in_place"),
+    ),
     "OFF2": (
         Case("--partial-rollout"),
         Case("--partial-rollout --mask-offpolicy-in-partial-rollout --over-sampling-batch-size 48"),
@@ -914,6 +922,8 @@ def test_both_sides_of_a_quantised_engine_start_where_they_can(resolved: Make, f
     ("words", "what"),
     [
         ("--one-step-ahead", "broadcast, and a trainer that learns beside the rollout"),
+        ("--fully-async", "broadcast, and a trainer that learns beside the rollout"),
+        ("--update-weights-interval 2", "broadcast, and rollouts of older weights than the trainer's"),
         ("--colocate", "broadcast to servers on the trainer's GPUs"),
         ("--sglang-speculative-algorithm EAGLE --mtp-num-layers 1", "broadcast with EAGLE"),
     ],
