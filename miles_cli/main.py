@@ -9,6 +9,7 @@ import errno
 import signal
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from types import FrameType
 from typing import NoReturn
 
@@ -23,6 +24,10 @@ def main() -> None:
     """The console script `miles`."""
     sys.excepthook = report_unexpected
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A name or a symbol that the stream's encoding lacks becomes a question mark, not an error.
+            stream.reconfigure(errors="replace")
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()

@@ -192,6 +192,17 @@ def test_a_closed_pipe_is_quiet(environment: dict[str, str]) -> None:
     assert done.stderr == ""
 
 
+def test_a_character_that_the_terminal_lacks_is_no_error(environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "miles_cli", "--help"],
+        capture_output=True,
+        env=environment | {"PYTHONIOENCODING": "ascii"},
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"0 ok ? 1 the run" in done.stdout
+
+
 def test_report_names_what_where_why_and_fix(capsys: pytest.CaptureFixture[str]) -> None:
     code = errors.report(RunError("no such run", where="runs/x", why="it was moved", fix="miles runs ls"))
     assert code == ExitCode.FAILED
