@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miles.arch.exactness import exact_obstacle
-from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, MoeSpec
+from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, MoeSpec, StreamsSpec
 from miles.models.decoder import Decoder
 from miles.models.exact_sums import QUERY_STEP
 from miles.models.experts import routed_experts, scaled_inputs
+from miles.models.geglu import geglu
 from miles.models.logprob import scaled_log_softmax
 from miles.models.norm import rms_norm
 from miles.models.numerics import ExactNumerics
@@ -32,6 +33,8 @@ ROW_COUNTS = (*range(1, 34), 48, 63, 64, 65, 71)
 MIN_QUERIES = (1, 2, 4, QUERY_STEP)
 MOST_EXPERTS = 8
 """Experts of the model that is tried as a whole."""
+FEW_TOKENS = 64
+"""Its vocabulary."""
 SHORT_EXTENT = 25
 """Tokens that are seen in a window or chunk, or chosen, in attention and in a model that are tried: sequences
 there are short."""
@@ -50,8 +53,6 @@ def find_exact_numerics(
     Raises:
         PreflightRefused: with the operation and the shape that nothing makes invariant.
     """
-    if obstacle := exact_obstacle(spec):
-        raise impossible(obstacle)
     generator = torch.Generator(device).manual_seed(0)
     probe = _Probe(spec, dtype, torch.device(device), generator)
     blocks = ProbedBlocks(device)
@@ -113,7 +114,7 @@ class _Probe:
             yield "layer norm", width, lambda x: F.layer_norm(x, x.shape[-1:])
         for mlp in dict.fromkeys(layer.mlp for layer in spec.layers):
             if isinstance(mlp, DenseMlpSpec) and mlp.activation == "gelu_tanh":
-                yield "geglu", 2 * mlp.intermediate_size, numerics.geglu
+                yield "geglu", 2 * mlp.intermediate_size, partial(_geglu, mlp.sparsity, numerics)
             else:
                 yield "swiglu", 2 * mlp.intermediate_size, numerics.swiglu
             if isinstance(mlp, MoeSpec):
@@ -179,20 +180,34 @@ def _short(attention: AttentionSpec) -> AttentionSpec:
 
 def smallest(spec: ArchSpec) -> ArchSpec:
     """One layer of each kind with at most `MOST_EXPERTS` experts, and a few tokens' embeddings."""
-    layers = []
-    for layer in dict.fromkeys(spec.layers):
+    layers: list[LayerSpec] = []
+    kinds = list(dict.fromkeys(spec.layers))
+    for layer in kinds:
         mlp = layer.mlp
         if isinstance(mlp, MoeSpec):
             experts = min(mlp.num_experts, MOST_EXPERTS)
             mlp = replace(mlp, num_experts=experts, top_k=min(mlp.top_k, experts), num_groups=1, top_groups=1)
-        layers.append(replace(layer, attention=_short(layer.attention), mlp=mlp))
-    return replace(spec, layers=tuple(layers), vocab_size=min(spec.vocab_size, 64))
+        attention = _short(layer.attention)
+        if attention.keys_of is not None:
+            attention = replace(attention, keys_of=kinds.index(spec.layers[attention.keys_of]))
+        layers.append(replace(layer, attention=attention, mlp=mlp))
+    vocab, streams = min(spec.vocab_size, FEW_TOKENS), spec.streams
+    if streams is not None:
+        streams = replace(streams, layer_vocab=min(streams.layer_vocab, FEW_TOKENS))
+    return replace(spec, layers=tuple(layers), vocab_size=vocab, streams=streams)
+
+
+def _geglu(sparsity: float, numerics: ExactNumerics, x: Tensor) -> Tensor:
+    return geglu(x, sparsity, numerics.gelu)
 
 
 def _matrices(spec: ArchSpec, dtype: torch.dtype) -> Iterator[Kind]:
     """The kinds of products of the model. Both projections of an expert share a layout."""
     hidden = spec.hidden_size
     yield ((spec.vocab_size, hidden),), dtype
+    if spec.streams is not None:
+        for shape in _stream_matrices(spec.streams, hidden, spec.num_layers):
+            yield (shape,), dtype
     for layer in dict.fromkeys(spec.layers):
         attention, mlp = layer.attention, layer.mlp
         gate_up, down = (2 * mlp.intermediate_size, hidden), (hidden, mlp.intermediate_size)
@@ -208,6 +223,18 @@ def _matrices(spec: ArchSpec, dtype: torch.dtype) -> Iterator[Kind]:
         else:
             yield (gate_up,), dtype
             yield (down,), dtype
+
+
+def _stream_matrices(streams: StreamsSpec, hidden: int, num_layers: int) -> Iterator[tuple[int, int]]:
+    count, rank, width = streams.count, streams.laurel_rank, streams.layer_width
+    yield num_layers * width, hidden
+    yield hidden, hidden
+    yield count, hidden
+    yield count**2, count
+    yield count, count
+    for narrow in (rank, width):
+        yield narrow, hidden
+        yield hidden, narrow
 
 
 def _attention_matrices(attention: AttentionSpec, hidden: int) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,9 @@
 """The products and softmax of exact numerics on each kind of device: torch's on a CPU, where the probe finds
-shapes that agree, kernels of our own on CUDA."""
+shapes that agree, kernels of our own on CUDA; and sums of a few terms."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -31,3 +33,11 @@ def mm(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mm(x, matrix, out=out) if out is not None else torch.mm(x, matrix)
     product = bmm(x.unsqueeze(0), matrix.unsqueeze(0))[0]
     return product if out is None else out.copy_(product)
+
+
+def in_order(terms: Iterable[Tensor]) -> Tensor:
+    """Their sum, one after another: torch's reductions take another order at the end of a run."""
+    total, *rest = terms
+    for term in rest:
+        total = total + term
+    return total

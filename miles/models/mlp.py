@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from miles.arch.spec import DenseMlpSpec, MoeSpec
 from miles.models.experts import routed_experts, scaled_inputs
+from miles.models.geglu import geglu
 from miles.models.projections import Projections
 from miles.models.routing import Router
 
@@ -27,7 +28,7 @@ class DenseMlp(Projections):
         gate_up = self.project("gate_up", x)
         if self.spec.activation == "silu":
             return self.project("down", self.numerics.swiglu(gate_up))
-        return self.project("down", self.numerics.geglu(gate_up, self.spec.sparsity))
+        return self.project("down", geglu(gate_up, self.spec.sparsity, self.numerics.gelu))
 
 
 class MoeMlp(Projections):

@@ -28,6 +28,7 @@ from miles.models.attention import Attention, CachedAttention, ChunkAttention, P
 from miles.models.exact_attention import ExactCachedAttention, ExactChunkAttention, ExactPackedAttention
 from miles.models.exact_prefix import ExactPrefixAttention
 from miles.models.exact_sums import KEY_BLOCK, padded_keys
+from miles.models.invariant import in_order
 from miles.models.kv_cache import KVCache
 from miles.models.logprob import scaled_log_softmax
 from miles.models.narrow import pays_widened, widened_linear
@@ -71,8 +72,12 @@ class Numerics(Protocol):
         """[T, 2I] -> [T, I]."""
         ...
 
-    def geglu(self, gate_up: Tensor, sparsity: float = 0.0) -> Tensor:
-        """See `geglu.geglu`."""
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU by its tanh approximation."""
+        ...
+
+    def mixtures(self, weights: Tensor, streams: Tensor) -> Tensor:
+        """For each j the sum over i of weights [T, j, i] times streams [i, T, D]: [j, T, D]."""
         ...
 
     def router_scores(self, x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
@@ -175,8 +180,11 @@ class FastNumerics:
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return activation.swiglu(gate_up)
 
-    def geglu(self, gate_up: Tensor, sparsity: float = 0.0) -> Tensor:
-        return geglu.geglu(gate_up, sparsity)
+    def gelu(self, x: Tensor) -> Tensor:
+        return geglu.gelu(x)
+
+    def mixtures(self, weights: Tensor, streams: Tensor) -> Tensor:
+        return torch.einsum("tji,itd->jtd", weights, streams)
 
     def router_scores(self, x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
         if scoring == "sigmoid":
@@ -282,8 +290,12 @@ class ExactNumerics:
     def swiglu(self, gate_up: Tensor) -> Tensor:
         return activation.swiglu(gate_up, self._activation)
 
-    def geglu(self, gate_up: Tensor, sparsity: float = 0.0) -> Tensor:
-        return geglu.geglu(gate_up, sparsity, geglu.gelu_of_exp)
+    def gelu(self, x: Tensor) -> Tensor:
+        return geglu.gelu_of_exp(x)
+
+    def mixtures(self, weights: Tensor, streams: Tensor) -> Tensor:
+        by_stream = weights.float().permute(2, 1, 0).unsqueeze(-1)
+        return in_order(by_stream[i] * stream for i, stream in enumerate(streams.float())).to(streams.dtype)
 
     def router_scores(self, x: Tensor, router: Tensor, scoring: Scoring) -> Tensor:
         # In fp32 for any weights: near ties between experts are common in bf16.

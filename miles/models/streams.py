@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miles.arch.spec import ArchSpec
+from miles.models.invariant import in_order
 from miles.models.norm import rms_norm
+from miles.models.numerics import FAST, Numerics
 
 LEAST_SQUARE = 1e-5
 """Lower bound of a mean square that is divided by."""
@@ -27,6 +29,7 @@ class Streams(nn.Module):
     def __init__(self, spec: ArchSpec, dtype: torch.dtype) -> None:
         super().__init__()
         assert spec.streams is not None
+        self.numerics: Numerics = FAST
         self.spec, self.eps, self.num_layers = spec.streams, spec.rms_norm_eps, spec.num_layers
         rows, hidden = spec.num_layers * spec.streams.layer_width, spec.hidden_size
 
@@ -45,14 +48,14 @@ class Streams(nn.Module):
         width = self.spec.layer_width
         known = torch.where(tokens < self.spec.layer_vocab, tokens, 0)
         own = F.embedding(known, self.layer_embed) * torch.tensor(width**0.5, dtype=hidden.dtype)
-        projected = F.linear(hidden, self.layer_projection) * hidden.shape[-1] ** -0.5
+        projected = self.numerics.linear(hidden, self.layer_projection) * hidden.shape[-1] ** -0.5
         projected = rms_norm(projected.view(len(tokens), self.num_layers, width), self.layer_norm, self.eps)
         return (projected + own.view(projected.shape)) * 2**-0.5
 
     def spread(self, hidden: Tensor) -> Tensor:
         """[T, D] -> [S, T, D], all of the first one's magnitude."""
         size = _magnitude(hidden)
-        others = [_resized(F.linear(hidden, weight), size) for weight in self.spread_maps]
+        others = [_resized(self.numerics.linear(hidden, weight), size) for weight in self.spread_maps]
         return torch.stack([hidden, *others])
 
     def merged(self, streams: Tensor) -> Tensor:
@@ -60,7 +63,8 @@ class Streams(nn.Module):
         first, *others = streams.unbind()
         size = _magnitude(first)
         maps = zip(others, self.merge_maps, strict=True)
-        return torch.stack([first, *(_resized(F.linear(x, weight), size) for x, weight in maps)]).mean(0)
+        resized = (_resized(self.numerics.linear(x, weight), size) for x, weight in maps)
+        return (in_order(x.float() for x in (first, *resized)) / len(streams)).to(streams.dtype)
 
 
 def _magnitude(x: Tensor) -> Tensor:
@@ -80,6 +84,7 @@ class LayerAddition(nn.Module):
     def __init__(self, spec: ArchSpec, dtype: torch.dtype) -> None:
         super().__init__()
         assert spec.streams is not None
+        self.numerics: Numerics = FAST
         self.eps, self.count = spec.rms_norm_eps, spec.streams.count
         hidden, rank, width = spec.hidden_size, spec.streams.laurel_rank, spec.streams.layer_width
         shapes = {
@@ -100,24 +105,25 @@ class LayerAddition(nn.Module):
 
     def _modalities(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, S], between -1 and 1."""
-        routed = F.linear(rms_norm(x, self.router_norm, self.eps) / x.shape[-1], self.router)
+        normed = rms_norm(x, self.router_norm, self.eps) / x.shape[-1]
+        routed = self.numerics.linear(normed, self.router)
         return torch.tanh(routed.float()).to(x.dtype)
 
     def predicted(self, streams: Tensor) -> Tensor:
         """[S, T, D] -> [S, T, D]: each stream with a mixture of all added."""
-        coefficients = F.linear(self._modalities(streams[0]), self.predict).unflatten(-1, (self.count, -1))
-        return streams + torch.einsum("tji,itd->jtd", coefficients, streams)
+        coefficients = self.numerics.linear(self._modalities(streams[0]), self.predict)
+        return streams + self.numerics.mixtures(coefficients.unflatten(-1, (self.count, -1)), streams)
 
     def low_rank(self, x: Tensor) -> Tensor:
         """LAuReL of x [T, D]."""
-        return x + rms_norm(
-            F.linear(F.linear(x, self.laurel_down), self.laurel_up), self.laurel_norm, self.eps
-        )
+        linear = self.numerics.linear
+        return x + rms_norm(linear(linear(x, self.laurel_down), self.laurel_up), self.laurel_norm, self.eps)
 
     def corrected(self, predicted: Tensor, computed: Tensor, embedding: Tensor) -> Tensor:
         """predicted [S, T, D] after the layer computed [T, D] for the first stream; embedding [T, P]."""
-        coefficients = F.linear(self._modalities(computed), self.correct) + 1
+        numerics = self.numerics
+        coefficients = numerics.linear(self._modalities(computed), self.correct) + 1
         streams = predicted + coefficients.t().unsqueeze(-1) * (computed - predicted[0])
-        gate = F.gelu(F.linear(streams[0] * self.output_scale, self.embed_gate), approximate="tanh")
-        added = rms_norm(F.linear(gate * embedding, self.embed_up), self.embed_norm, self.eps)
+        gate = numerics.gelu(numerics.linear(streams[0] * self.output_scale, self.embed_gate))
+        added = rms_norm(numerics.linear(gate * embedding, self.embed_up), self.embed_norm, self.eps)
         return torch.cat([streams[:1], streams[1:] + added])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from miles.errors import Unavailable
@@ -37,7 +38,8 @@ def write_small_model(described: Path, target: Path) -> None:
     from miles.weights.hf import write_hf
     from miles.weights.native_map import to_published
 
-    spec = load_spec(described)
+    # A description has no weights of other parts to carry along.
+    spec = replace(load_spec(described), other_parts=())
     generator = torch.Generator().manual_seed(SEED)
     model = Decoder(spec, dtype=torch.float32)
     model.init_weights(generator)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from miles.arch.exactness import exact_obstacle
 from miles.planning.findings import Found, Severity
 from miles.planning.rules.rule import rule
 from miles.planning.subject import Subject
@@ -105,19 +104,6 @@ def on_policy_with_another_format(subject: Subject) -> Iterator[Found]:
         return
     if subject.config.alignment.true_on_policy_mode:
         yield Found(f"{wanted} rollout with {subject.dtype} training", "precision.rollout_format")
-
-
-@rule(
-    "ALN9",
-    Severity.ERROR,
-    title="exact numerics with a model that has none",
-    cause="a part of the model is computed by operations whose bits depend on the batch",
-    fix="leave --true-on-policy-mode and --numerics exact out",
-)
-def exact_without_operations(subject: Subject) -> Iterator[Found]:
-    obstacle = exact_obstacle(subject.spec) if subject.spec is not None else ""
-    if subject.numerics == "exact" and subject.spec is not None and obstacle:
-        yield Found(f"{subject.spec.family} has {obstacle}", "alignment.numerics")
 
 
 @rule(

@@ -22,6 +22,7 @@ from miles.arch.spec import (
     MoeSpec,
     QueryTemperature,
     RopeSpec,
+    StreamsSpec,
     YarnScaling,
 )
 from miles.data.batch import TrainBatch, pack
@@ -128,6 +129,20 @@ def _deepseek_v32() -> ArchSpec:
     return replace(spec, family="deepseek_v32", architecture="DeepseekV32ForCausalLM", layers=layers)
 
 
+def _gemma3n() -> ArchSpec:
+    """Several residual streams, sparse gates, and last layers that attend to the keys of earlier ones."""
+    spec = _gemma3()
+    windowed, full, _ = (replace(layer.attention, v_unit=True, scale=1.0) for layer in spec.layers)
+    kinds = (windowed, full, replace(windowed, keys_of=0), replace(full, keys_of=1))
+    layers = tuple(
+        LayerSpec(kind, DenseMlpSpec(36 - 4 * index, "gelu_tanh", sparsity), output_norms=True)
+        for index, (kind, sparsity) in enumerate(zip(kinds, (0.7, 0.0, 0.0, 0.0), strict=True))
+    )
+    streams = StreamsSpec(count=3, laurel_rank=5, layer_width=6, layer_vocab=40)
+    named = {"family": "gemma3n_text", "architecture": "Gemma3nForCausalLM", "norm_plus_one": False}
+    return replace(spec, layers=layers, streams=streams, logit_softcap=6.0, **named)
+
+
 SPECS = {
     "the quickstart's experts": make_spec(64, (4, 2, 16), MoeSpec(8, 2, 64, norm_topk_prob=True), 55),
     "odd widths": make_spec(40, (6, 2, 8), MoeSpec(6, 3, 20, norm_topk_prob=True), 37, layers=3),
@@ -139,6 +154,7 @@ SPECS = {
     "deepseek_v32": _deepseek_v32(),
     "gemma2": _gemma2(),
     "gemma3": _gemma3(),
+    "gemma3n": _gemma3n(),
     "llama4": _llama4(),
 }
 QUICKSTART = SPECS["the quickstart's experts"]

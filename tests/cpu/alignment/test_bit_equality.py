@@ -13,7 +13,7 @@ from miles.models.numerics import FAST
 DTYPES = (torch.float32, torch.bfloat16)
 LONG_IN_BF16 = (torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow))
 MIXED = Traffic()
-LIMITED = ("deepseek_v32", "gemma2", "gemma3", "llama4")
+LIMITED = ("deepseek_v32", "gemma2", "gemma3", "gemma3n", "llama4")
 CASES = {
     "one request at a time": replace(MIXED, slots=1),
     "all requests at once": replace(MIXED, slots=64),

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from miles.arch import ArchSpec, published_tensors, to_hf_config
-from miles.arch.exactness import exact_obstacle
 from miles.arch.precision import NumberFormat, PrecisionPolicy
 from miles.arch.specs import DIRECTORY, shipped_names, shipped_spec
 from miles.arch.stored_forms import stored_forms
@@ -158,20 +157,6 @@ def _shared(config: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         key: _shared(value, other[key]) if isinstance(value, dict) and isinstance(other[key], dict) else value
         for key, value in shared.items()
     }
-
-
-def test_exact_numerics_are_refused_by_name_where_there_are_none() -> None:
-    assert exact_obstacle(shipped_spec("gemma-3n-e2b")) == "several residual streams"
-    for name in (
-        "deepseek-v3",
-        "deepseek-v3.2",
-        "gemma-2-9b",
-        "gemma-3-12b",
-        "glm-4.5",
-        "llama-4-scout-17b-16e",
-        "minimax-m2",
-    ):
-        assert exact_obstacle(shipped_spec(name)) == ""
 
 
 def test_an_unknown_name_is_a_key_error() -> None:

@@ -104,17 +104,6 @@ def stacked(facts: Facts) -> Facts:
     return checkpoint(spec=shipped_spec("llama-4-scout-17b-16e"))(facts)
 
 
-def streaming(facts: Facts) -> Facts:
-    return checkpoint(spec=shipped_spec("gemma-3n-e2b"))(facts)
-
-
-def windowed(facts: Facts) -> Facts:
-    spec = facts.checkpoint.spec
-    assert spec is not None
-    attention = replace(spec.layers[0].attention, window=32)
-    return arch(layers=tuple(replace(layer, attention=attention) for layer in spec.layers))(facts)
-
-
 def indexed(facts: Facts) -> Facts:
     spec = facts.checkpoint.spec
     assert spec is not None
@@ -650,10 +639,6 @@ CASES: dict[str, tuple[Case, Case]] = {
     "ALN8": (
         Case("--true-on-policy-mode --rollout-format bf16"),
         Case(f"--true-on-policy-mode {BLOCKWISE}"),
-    ),
-    "ALN9": (
-        Case("--true-on-policy-mode", facts=streaming),
-        Case("--true-on-policy-mode", facts=windowed),
     ),
     "KRN2": (
         Case("--train-kernel fused", facts=machine(compiler=None)),
