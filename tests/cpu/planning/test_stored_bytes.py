@@ -117,8 +117,9 @@ def test_a_quantised_engine_has_its_stored_weights_and_the_numbers_it_multiplies
 def test_the_page_is_current_and_shows_four_bits_at_work() -> None:
     """Made by `python -m miles_cli.docs`."""
     written = Path(__file__).parents[3] / "docs" / "reference" / memory_reference.PAGE
-    assert written.read_text(encoding="utf-8") == memory_reference.page()
-    assert "| llama-3.3-70b | int4 |" in memory_reference.page()
+    page = memory_reference.page()
+    assert written.read_text(encoding="utf-8") == page
+    assert "| llama-3.3-70b | int4 |" in page
 
 
 @pytest.mark.slow
