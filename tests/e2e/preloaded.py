@@ -29,7 +29,14 @@ from unittest.mock import patch
 
 REPOSITORY = Path(__file__).parents[2]
 MILES = REPOSITORY / "miles_cli" / "__main__.py"
-PLANS = ("miles_cli.commands.train", "miles.planning")
+PLANS = (
+    "miles_cli.main",
+    "miles_cli.commands.train",
+    "miles_cli.plan_view",
+    "miles_cli.init.session",
+    "miles.config.reference",
+    "miles.planning",
+)
 RUNS = (*PLANS, "miles.orchestration.launch", "miles.training.native.trainer", "miles.rollout.native.engine")
 MEGATRON = (
     "miles.training.megatron.trainer",
