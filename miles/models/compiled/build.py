@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +19,14 @@ from miles.errors import MilesError
 HERE = Path(__file__).parent
 FLAGS: tuple[str, ...] = (
     *("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
-    *("-fopenmp-simd", "-fPIC", "-shared"),
+    *("-fopenmp-simd", "-fPIC"),
 )
 """Products and sums are joined where the sources say so, see vectors.h."""
 CPUINFO = Path("/proc/cpuinfo")
 COMPILE_SECONDS = 300
-"""Idle it takes seven; a machine with much else to do is no reason to go without."""
+"""Of a unit. Idle the longest takes five; a machine with much else to do is no reason to go without."""
+SCRATCH, ABANDONED_SECONDS = ".building-", 3600
+"""Directories of builds, and how old one must be to have nobody."""
 
 
 class BuildFailed(MilesError):
@@ -45,22 +50,54 @@ TRAINING = Sources("training", HERE, ("attention.cpp", "experts.cpp", "norm.cpp"
 
 
 def library(compiler: str, sources: Sources = TRAINING) -> Path:
-    """The shared library for this machine, compiled if the cache has none. Safe beside other processes.
+    """The shared library for this machine, compiled if the cache has none. Safe beside other processes, and
+    wherever it is interrupted: a library appears whole or not at all.
 
-    Raises: BuildFailed with the compiler's first complaint.
+    Raises: BuildFailed with the compiler's first complaint, or where the cache cannot be written.
     """
     target = environment.cache_dir() / "kernels" / f"{sources.name}-{_key(compiler, sources)}.so"
-    if not target.exists():
+    if target.exists():
+        return target
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=target.parent, prefix=".building-", suffix=".so")
-        os.close(handle)
-        try:
-            units = (str(sources.directory / unit) for unit in sources.units)
-            _run([compiler, *FLAGS, _native(), f"-I{HERE}", *units, "-o", scratch])
-            os.replace(scratch, target)
-        finally:
-            Path(scratch).unlink(missing_ok=True)
+        _sweep(target.parent)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=SCRATCH) as scratch:
+            made = _build(compiler, sources, Path(scratch))
+            with made.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(made, target)
+    except OSError as error:
+        raise BuildFailed(f"{target.parent} does not take a library", why=str(error)) from error
     return target
+
+
+def _build(compiler: str, sources: Sources, scratch: Path) -> Path:
+    """The library in `scratch`; units are compiled side by side."""
+    objects = [scratch / f"{unit}.o" for unit in sources.units]
+    commands = [
+        [compiler, *FLAGS, _native(), f"-I{HERE}", "-c", str(sources.directory / unit), "-o", str(made)]
+        for unit, made in zip(sources.units, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = [pool.submit(_run, command) for command in commands]
+        try:
+            for unit in compiled:
+                unit.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    library = scratch / "library.so"
+    _run([compiler, "-shared", *map(str, objects), "-o", str(library)])
+    return library
+
+
+def _sweep(directory: Path) -> None:
+    """Remove what builds left that were killed long ago."""
+    for left in directory.glob(f"{SCRATCH}*"):
+        try:
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left)
+        except FileNotFoundError:
+            continue  # another process was quicker
 
 
 def _key(compiler: str, sources: Sources) -> str:
