@@ -23,7 +23,7 @@ import torch
 from e2e_support import PATIENCE_S
 from preloaded import Preloaded
 
-from miles.arch import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, MoeSpec, RopeSpec
+from miles.arch import ArchSpec, AttentionSpec, DenseMlpSpec, LayerSpec, MoeSpec, RopeSpec, with_mtp
 from miles.data.batch import TrainBatch
 from miles.models.attention import PackedAttention
 from miles.models.decoder import Decoder
@@ -69,6 +69,12 @@ def spec() -> ArchSpec:
 @pytest.fixture(scope="session")
 def dense_spec() -> ArchSpec:
     return make_spec(moe=False)
+
+
+@pytest.fixture(scope="session")
+def mtp_spec(spec: ArchSpec) -> ArchSpec:
+    """The same with one MTP layer."""
+    return with_mtp(spec, 1)
 
 
 def prompts_and_responses(

@@ -34,11 +34,6 @@ def weights_of(trainer: NativeTrainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def mtp_spec(spec: ArchSpec) -> ArchSpec:
-    return with_mtp(spec, 1)
-
-
-@pytest.fixture
 def batches(make_batch: Callable, spec: ArchSpec) -> list[TrainBatch]:
     return [make_batch(spec, seed=seed) for seed in range(4)]
 

@@ -32,11 +32,6 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.named_weights()}
 
 
-@pytest.fixture
-def mtp_spec(spec: ArchSpec) -> ArchSpec:
-    return with_mtp(spec, 1)
-
-
 @pytest.mark.parametrize(
     ("layers", "steps"),
     [(1, 1), pytest.param(1, 3, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow)],

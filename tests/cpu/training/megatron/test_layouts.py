@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from miles.arch import ArchSpec, with_mtp
+from miles.arch import ArchSpec
 from miles.arch.precision import NumberFormat, precision_policy
 from miles.data.batch import TrainBatch
 from miles.planning.layout import Layout, layout_problems
@@ -48,11 +48,6 @@ ROUNDED = {
     f"INT4 QAT, {name}": LAYOUTS[name] for name in (ALL_CUT, "PP2, sequences of many lengths", DEALT_OUT)
 }
 ROUNDED_ALONE = f"INT4 QAT, {ALONE}"
-
-
-@pytest.fixture(scope="module")
-def mtp_spec(spec: ArchSpec) -> ArchSpec:
-    return with_mtp(spec, 1)
 
 
 @pytest.fixture(scope="module")
