@@ -46,7 +46,10 @@ class Sources:
         return sorted({*self.directory.glob("*.h"), *HERE.glob("*.h")})
 
 
-TRAINING = Sources("training", HERE, ("attention.cpp", "experts.cpp", "norm.cpp", "rows.cpp"))
+TRAINING = Sources(
+    "training", HERE, ("experts_backward.cpp", "experts.cpp", "rows.cpp", "attention.cpp", "norm.cpp")
+)
+"""The longest first."""
 
 
 def library(compiler: str, sources: Sources = TRAINING) -> Path:
