@@ -22,12 +22,16 @@ def is_submitted(run_dir: Path) -> bool:
     return "submission" in RunReader(run_dir, read=False).meta
 
 
-def bring_up_to_date(run_dir: Path) -> None:
-    """Fetch what a submitted run has recorded since, where that is not in its directory already."""
+def bring_up_to_date(run_dir: Path) -> bool:
+    """Fetch what a submitted run has recorded since, where that is not in its directory already.
+
+    False: another process is about it, and may not be done.
+    """
     if is_submitted(run_dir) and RunReader(run_dir, read=False).status() in OPEN:
         from miles.orchestration.submission import refresh
 
-        refresh(run_dir)
+        return refresh(run_dir)
+    return True
 
 
 def ask_to_stop(run_dir: Path, by: str) -> str:
@@ -46,7 +50,9 @@ def wait_for_end(run_dir: Path) -> RunStatus:
     job = _elsewhere(run_dir)
     if job is not None:
         _wait_for_job(job)
-        bring_up_to_date(run_dir)
+        # The launcher may still be bringing home how it ended.
+        while not bring_up_to_date(run_dir):
+            time.sleep(STOP_POLL_SECONDS)
         return RunReader(run_dir, read=False).status()
     reader = RunReader(run_dir, read=False)
     while not (status := reader.status()).ended:

@@ -125,24 +125,25 @@ def job_client(address: str) -> Any:
         raise Unavailable("the job server refused the connection", where=address, why=_first(error)) from None
 
 
-def refresh(run_dir: Path) -> None:
-    """Bring the mirror of a submitted run up to date from its job's log, unless another process does so.
+def refresh(run_dir: Path) -> bool:
+    """Bring the mirror of a submitted run up to date from its job's log. False: another process does so.
 
     A cluster that does not answer leaves the mirror as it is.
     """
     submission = Submission.of(run_dir)
     if submission is None or submission.shared:
-        return
+        return True
     mirror = Mirror(run_dir)
     with mirror.exclusive() as alone:
         if not alone:
-            return
+            return False
         try:
             log = job_client(submission.address).get_job_logs(submission.id)
         except (Unavailable, RuntimeError):
-            return
+            return True
         following = _Following(submission, mirror, None)
         following.take_in(log)
+    return True
 
 
 def stop_job(submission: Submission) -> None:
