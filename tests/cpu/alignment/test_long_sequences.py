@@ -26,9 +26,9 @@ CASES = {
 
 
 def train(sides: Sides, traffic: Traffic) -> None:
-    """Steps with an assertion each: two with groups, whose weights change in between, one without."""
+    """Steps with an assertion each: three with groups, whose weights change in between, one without."""
     sides.trainer.settings = replace(sides.settings, micro_batch_size=traffic.micro_batch)
-    for step in range(2 if traffic.group > 1 else 1):
+    for step in range(3 if traffic.group > 1 else 1):
         batch = sides.roll_out(replace(traffic, order_seed=traffic.order_seed + step))
         assert batch.num_sequences == 32 and batch.lengths.min() >= 1024
         result = sides.trainer.train_step(batch)
