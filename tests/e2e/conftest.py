@@ -15,6 +15,9 @@ from sglang_support import assert_ended, server_processes, serving
 from miles import environment
 from miles.rollout.sglang.server import ServerProcess
 
+WARM = "warm-checkpoint"
+"""A link: runs of other models add checkpoints of their own to the cache."""
+
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,14 +38,15 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
             warm = Cli(cache, root / "warm-runs")
             done = warm("train", *SMALL, "--num-rollout", "1", "--skip-eval-before-train")
             assert done.returncode == 0, done.stderr
+            (found,) = (cache / "checkpoints").iterdir()
+            (cache / WARM).symlink_to(found)
     return cache
 
 
 @pytest.fixture(scope="session")
 def warm_checkpoint(shared_cache: Path) -> Path:
     """The quickstart MoE after its warm start; its head is tied to its embedding."""
-    (found,) = (shared_cache / "checkpoints").iterdir()
-    return found
+    return (shared_cache / WARM).resolve()
 
 
 @pytest.fixture(scope="session")
