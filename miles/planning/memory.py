@@ -90,7 +90,7 @@ def estimate_memory(
     forward rounds the same weights. `packed`: the decode kernel keeps its own copy. `mtp_parameters`: those
     of the MTP layers in use. `servers`: SGLang servers beside the process. `draft_numbers`: what the cache of
     a draft holds of a token. `route_bytes`: of the routes of one rollout. `packet`: weights travel between
-    processes in a copy of their own. `apart`: the engine keeps weights of older steps. `critic`: one is
+    processes in a copy of their own. `apart`: the engine keeps weights of its own. `critic`: one is
     trained, whose micro-batches take turns with the policy's.
     """
     parameters, width = spec.num_parameters(), BYTES[dtype]

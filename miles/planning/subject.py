@@ -335,6 +335,7 @@ class Subject:
         training = self.config.training
         longest = -(-self.max_context_len // self.config.parallel.context_parallel_size)
         tokens = training.max_tokens_per_gpu or training.micro_batch_size * longest
+        in_own_processes = self.executor == "ray" and self.decode is not None
         return estimate_memory(
             self.spec,
             self.dtype,
@@ -351,8 +352,8 @@ class Subject:
             rounds=self.precision is not None and not self.precision.training.is_plain,
             draft_numbers=self._draft_numbers,
             route_bytes=self._route_bytes,
-            packet=self.executor == "ray" and self.decode is not None,
-            apart=self.config.weight_sync.update_weights_interval > 1,
+            packet=in_own_processes,
+            apart=in_own_processes or self.config.weight_sync.update_weights_interval > 1,
             critic=trains_critic(self.config),
         )
 

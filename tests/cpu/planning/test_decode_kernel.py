@@ -64,6 +64,15 @@ def test_the_packed_weights_are_in_the_memory_plan(plan: Callable[..., Plan]) ->
     assert with_kernel.total_bytes - without.total_bytes == part.bytes > 0
 
 
+def test_an_engine_in_a_process_of_its_own_has_weights_of_its_own(plan: Callable[..., Plan]) -> None:
+    shares, apart = (
+        {part.name: part for part in plan(flags).memory.parts} for flags in ("", "--executor ray")
+    )
+    assert "share" in shares["weights"].formula and "engine weights" not in shares
+    assert "share" not in apart["weights"].formula
+    assert apart["engine weights"].bytes == apart["weights"].bytes
+
+
 def test_the_choice_is_a_derived_value_with_its_rule(plan: Callable[..., Plan]) -> None:
     rows = {row.setting: row for row in plan().derived}
     assert (rows["engine.decode_kernel"].value, rows["engine.decode_kernel"].rule) == ("fused", "AVX-512")
