@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import preloaded
+import psutil
 
 from miles.record import RunReader
 
@@ -25,6 +26,11 @@ SMALL = (
 """A run of a few seconds that still uses every part of the ring."""
 PATIENCE_S = 900.0
 """Until something that does not happen is a failure: a busy machine is none."""
+
+NAMING_A_CHECKPOINT = ("miles.orchestration.checkpoints", "CheckpointStore.complete")
+"""Where its files are written, and it has no name yet."""
+RECORDING_A_STEP = ("miles.orchestration.driver", "Driver.finish_step")
+"""Where it has been trained, and the record does not have it."""
 
 EVEN = {"RAY_worker_niceness": "0"}
 """Ray's workers run at nice 15: beside other tests they would hardly run at all."""
@@ -46,6 +52,14 @@ class Cli:
     def environment(self) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         return kept | EVEN | {"MILES_CACHE_DIR": str(self.cache), "MILES_RUNS_DIR": str(self.runs)}
+
+    def start_until(self, pause: preloaded.Pause, *arguments: str) -> subprocess.Popen[str]:
+        """A command that has stopped there; nothing but a signal ends it."""
+        process: subprocess.Popen[str]
+        process = preloaded.miles(arguments, self.environment, imported=self.imported, pause=pause)
+        self._processes.append(process)
+        self.wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, process)
+        return process
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         process = self._forked(arguments, **options) or subprocess.Popen(
@@ -96,7 +110,7 @@ class Cli:
         while not condition():
             assert process.poll() is None, f"ended early: {process.communicate()}"
             assert time.monotonic() < deadline, f"it did not happen within {PATIENCE_S:g} s"
-            time.sleep(0.05)
+            time.sleep(0.02)
 
 
 def metrics_of(run: Path) -> dict[int, dict[str, float]]:

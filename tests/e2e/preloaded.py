@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -23,8 +24,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 REPOSITORY = Path(__file__).parents[2]
@@ -52,13 +54,28 @@ LIMIT = 1 << 17
 """Bytes of a message."""
 
 
+class Pause(NamedTuple):
+    """Where a process stops by itself (SIGSTOP): before this call, counted from 1, of a method."""
+
+    module: str
+    method: str
+    """As `Class.name`."""
+    call: int
+
+
 class Preloaded(subprocess.Popen[str]):
     """A Python program after these imports. Linux only: elsewhere nobody can adopt a grandchild."""
 
     def __init__(
-        self, imported: Sequence[str], program: Path, words: Sequence[str], env: Mapping[str, str], **how: Any
+        self,
+        imported: Sequence[str],
+        program: Path,
+        words: Sequence[str],
+        env: Mapping[str, str],
+        pause: Pause | None = None,
+        **how: Any,
     ) -> None:
-        self._imported, self._program = tuple(imported), program
+        self._imported, self._program, self._pause = tuple(imported), program, pause
         super().__init__(words, env=env, text=True, **{"stdin": subprocess.DEVNULL, **how})
 
     def _execute_child(self, words: Any, *how: Any) -> None:  # type: ignore[override]
@@ -69,6 +86,7 @@ class Preloaded(subprocess.Popen[str]):
             "words": [str(word) for word in words],
             "directory": str(directory or Path.cwd()),
             "environment": dict(environment),
+            "pause": self._pause,
         }
         inherited = enumerate((stdin, stdout, stderr))
         streams = tuple(number if stream == -1 else stream for number, stream in inherited)
@@ -78,11 +96,16 @@ class Preloaded(subprocess.Popen[str]):
 
 
 def miles(
-    words: Sequence[str], env: Mapping[str, str], cwd: Path | None = None, imported: Sequence[str] = RUNS
+    words: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path | None = None,
+    imported: Sequence[str] = RUNS,
+    pause: Pause | None = None,
 ) -> Preloaded:
     """`miles WORDS` with its output in pipes."""
     pipe = subprocess.PIPE
-    return Preloaded(imported, MILES, words, env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+    how = {"cwd": cwd, "stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
+    return Preloaded(imported, MILES, words, env, pause, **how)
 
 
 def _fork(server: socket.socket, call: bytes, streams: tuple[int, ...]) -> int:
@@ -146,6 +169,20 @@ def settle(call: Mapping[str, Any], streams: Sequence[int]) -> None:
     sys.argv = [call["program"], *call["words"]]
 
 
+def pause_at(module: str, method: str, call: int) -> None:
+    """Stop before that call, until somebody continues or ends this process."""
+    owner_name, name = method.split(".")
+    owner = getattr(import_module(module), owner_name)
+    original, calls = getattr(owner, name), count(1)
+
+    def paused(*args: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return original(*args, **options)
+
+    setattr(owner, name, paused)
+
+
 def run(program: str) -> int:
     """Run it until its end; its exit code."""
     try:
@@ -189,4 +226,6 @@ if __name__ == "__main__":
     gc.freeze()
     called = serve(socket.socket(fileno=int(sys.argv[1])))
     if called is not None:
+        if called["pause"]:
+            pause_at(*called["pause"])
         leave(run(called["program"]))

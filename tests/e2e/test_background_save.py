@@ -6,7 +6,7 @@ import signal
 
 import preloaded
 import pytest
-from e2e_support import Cli, metrics_of
+from e2e_support import NAMING_A_CHECKPOINT, Cli, metrics_of
 
 from miles.orchestration.checkpoints import CheckpointStore
 from miles.record import RunReader
@@ -32,8 +32,8 @@ def test_a_run_killed_while_its_checkpoint_is_on_its_way_resumes_exactly(cli: Cl
     assert all(event["blocked_s"] > 0 and event["background_s"] > 0 for event in told)
     assert CheckpointStore(whole.only_run() / "checkpoints").latest_step() == 5
 
-    process = cli.start(*ARGUMENTS)
-    cli.wait_until(lambda: bool(list(cli.runs.glob("*/checkpoints/.partial-step-000004-*"))), process)
+    process = cli.start_until(preloaded.Pause(*NAMING_A_CHECKPOINT, call=2), *ARGUMENTS)
+    assert len(list(cli.only_run().glob("checkpoints/.partial-step-000004-*"))) == 1
     process.send_signal(signal.SIGKILL)
     process.wait()
     store = CheckpointStore(cli.only_run() / "checkpoints")

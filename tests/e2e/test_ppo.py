@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
-from e2e_support import SMALL, Cli, metrics_of, summary_of
+from e2e_support import RECORDING_A_STEP, SMALL, Cli, metrics_of, summary_of
+from preloaded import Pause
 
 from miles.record import RunReader
 
@@ -33,18 +32,14 @@ def test_a_run_killed_resumes_with_the_same_critic(cli: Cli) -> None:
     straight = cli.only_run().rename(cli.runs.parent / "straight")
     rows = metrics_of(straight)
     assert "train/loss" not in rows[4] and "train/loss" in rows[5]
-    process = cli.start("train", *words)
-    for step in (3, 7):
-        cli.wait_until(lambda step=step: steps_of(cli) >= step, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process = cli.start("runs", "resume", str(cli.only_run()))
-    _, errors = cli.outcome(process)
-    assert process.returncode == 0, errors
+    first = cli.start_until(Pause(*RECORDING_A_STEP, call=4), "train", *words)
+    first.kill()
+    first.wait()
+    again = ("runs", "resume", str(cli.only_run()))
+    second = cli.start_until(Pause(*RECORDING_A_STEP, call=5), *again)
+    assert RunReader(cli.only_run()).history.last_step == 7
+    second.kill()
+    second.wait()
+    done = cli(*again)
+    assert done.returncode == 0, done.stderr
     assert metrics_of(cli.only_run()) == rows
-
-
-def steps_of(cli: Cli) -> int:
-    """The last step that the only run has recorded; 0 while there is none."""
-    runs = cli.runs.glob("*/events/driver.jsonl")
-    return max((row.step for run in runs for row in RunReader(run.parent.parent).rows()), default=0)

@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from e2e_support import SMALL, Cli, metrics_of, summary_of
+from e2e_support import NAMING_A_CHECKPOINT, RECORDING_A_STEP, SMALL, Cli, metrics_of, summary_of
+from preloaded import Pause
 
 from miles.record import RunReader
 
@@ -32,8 +33,8 @@ def test_another_seed_gives_other_metrics(cli: Cli, uninterrupted: Path) -> None
 
 @pytest.mark.parametrize("step", [0, 1, 4, 8, 11])
 def test_a_run_killed_at_any_step_resumes_exactly(cli: Cli, uninterrupted: Path, step: int) -> None:
-    process = cli.start("train", *SMALL)
-    cli.wait_until(lambda: bool(list(cli.runs.glob("*/events/*"))) and steps_recorded(cli) >= step, process)
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=step + 1), "train", *SMALL)
+    assert steps_recorded(cli) == step
     process.send_signal(signal.SIGKILL)
     process.wait()
     resumed = cli("runs", "resume", str(cli.only_run()))
@@ -43,8 +44,9 @@ def test_a_run_killed_at_any_step_resumes_exactly(cli: Cli, uninterrupted: Path,
 
 
 def test_a_run_killed_while_it_writes_a_checkpoint_resumes_exactly(cli: Cli, uninterrupted: Path) -> None:
-    process = cli.start("train", *SMALL)
-    cli.wait_until(lambda: bool(list(cli.runs.glob("*/checkpoints/.partial-step-000006-*"))), process)
+    process = cli.start_until(Pause(*NAMING_A_CHECKPOINT, call=2), "train", *SMALL)
+    (partial,) = cli.only_run().glob("checkpoints/.partial-*")
+    assert partial.name.startswith(".partial-step-000006-")
     process.send_signal(signal.SIGKILL)
     process.wait()
     resumed = cli("runs", "resume", "last")
@@ -53,28 +55,27 @@ def test_a_run_killed_while_it_writes_a_checkpoint_resumes_exactly(cli: Cli, uni
 
 
 def test_sigterm_finishes_the_step_saves_and_resumes_exactly(cli: Cli, uninterrupted: Path) -> None:
-    process = cli.start("train", *SMALL)
-    cli.wait_until(lambda: steps_recorded(cli) >= 4, process)
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=5), "train", *SMALL)
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
     _, stderr = cli.outcome(process)
     assert process.returncode == 143, stderr
     assert "stopping at the end of this step, with a checkpoint" in stderr
     run = cli.only_run()
     stopped = summary_of(run)
-    assert stopped["status"] == "interrupted" and 4 <= stopped["steps"] < 12
+    assert stopped["status"] == "interrupted" and stopped["steps"] == 5
     assert (run / "checkpoints" / f"step-{stopped['steps']:06d}").is_dir()
     assert cli("runs", "resume", run.name).returncode == 0
     assert metrics_of(run) == metrics_of(uninterrupted)
 
 
 def test_a_second_kill_after_a_resume_is_no_different(cli: Cli, uninterrupted: Path) -> None:
-    process = cli.start("train", *SMALL)
-    cli.wait_until(lambda: steps_recorded(cli) >= 5, process)
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=6), "train", *SMALL)
     process.send_signal(signal.SIGKILL)
     process.wait()
     run = cli.only_run()
-    process = cli.start("runs", "resume", str(run))
-    cli.wait_until(lambda: RunReader(run).attempt == 2 and steps_recorded(cli) >= 8, process)
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=5), "runs", "resume", str(run))
+    assert RunReader(run).attempt == 2 and steps_recorded(cli) == 7
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert cli("runs", "resume", str(run)).returncode == 0
