@@ -99,6 +99,15 @@ async def settle() -> None:
 Story = Callable[[World, Producer], Awaitable[None]]
 
 
+async def first_step(world: World, producer: Producer) -> None:
+    """Step 1 takes the groups 0 and 1, and its weights are served."""
+    world.finish(0, 0)
+    world.finish(1, 0)
+    await producer.take(1)
+    producer.serve(1)
+    await settle()
+
+
 def tell(
     story: Story, *, steps: int = 9, dynamic_filter: DynamicFilter | None = None, **changes: Any
 ) -> World:
@@ -204,11 +213,7 @@ def test_the_room_for_new_work(bound: int | None, waiting: int, version: int, ex
 
 def test_what_grew_too_old_is_not_trained_on_and_its_prompt_comes_back() -> None:
     async def story(world: World, producer: Producer) -> None:
-        world.finish(0, 0)
-        world.finish(1, 0)
-        await producer.take(1)
-        producer.serve(1)
-        await settle()
+        await first_step(world, producer)
         assert sorted(world.running) == [2, 3, 4, 5]
         world.finish(4, 1)
         world.finish(5, 1)
@@ -249,11 +254,7 @@ def test_a_group_that_grew_too_old_is_not_waited_for_at_its_judge() -> None:
 
 def test_a_finished_group_that_waits_too_long_goes_back_whole() -> None:
     async def story(world: World, producer: Producer) -> None:
-        world.finish(0, 0)
-        world.finish(1, 0)
-        await producer.take(1)
-        producer.serve(1)
-        await settle()
+        await first_step(world, producer)
         for index in (2, 3, 4, 5):
             world.finish(index, 0)
         assert indices(await producer.take(2)) == [2, 3]
@@ -267,11 +268,7 @@ def test_a_finished_group_that_waits_too_long_goes_back_whole() -> None:
 
 def test_a_dropped_group_is_gone_with_its_prompt() -> None:
     async def story(world: World, producer: Producer) -> None:
-        world.finish(0, 0)
-        world.finish(1, 0)
-        await producer.take(1)
-        producer.serve(1)
-        await settle()
+        await first_step(world, producer)
         for index in (4, 5):
             world.finish(index, 1)
         taken = await producer.take(2)
