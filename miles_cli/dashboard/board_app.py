@@ -8,11 +8,13 @@ from pathlib import Path
 
 from textual import work
 from textual.app import App, ComposeResult
+from textual.events import Event
 from textual.message import Message
 from textual.widgets import Input
 
 from miles.environment import get
 from miles.record.status import RunStatus
+from miles_cli.dashboard.escape_key import SOON_S, parted
 from miles_cli.dashboard.follower import Follower
 from miles_cli.dashboard.layout import capacity
 from miles_cli.dashboard.panels import Panel
@@ -84,6 +86,15 @@ class BoardApp(App[None]):
 
     def on_unmount(self) -> None:
         self._follower.stop()
+
+    async def on_event(self, event: Event) -> None:
+        keys = parted(event)
+        if keys is None or event.is_forwarded:
+            await super().on_event(event)
+            return
+        escape, key = keys
+        await super().on_event(escape)
+        self.set_timer(SOON_S, lambda: self.post_message(key))
 
     @work(thread=True)
     def _follow(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -75,6 +76,15 @@ class Terminal:
             assert time.monotonic() < deadline, f"it did not end:\n{self.text()[-2000:]}"
             time.sleep(0.05)
         return code
+
+    def leave(self) -> int:
+        """Press q until the program ends; returns its exit code. An open window takes the first."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.exit_code is None:
+            assert time.monotonic() < deadline, f"it did not end:\n{self.text()[-2000:]}"
+            with contextlib.suppress(OSError):  # it closed its terminal just now
+                self.press("q")
+        return self.end()
 
     def close(self) -> None:
         if self.exit_code is None:

@@ -114,8 +114,7 @@ def test_a_live_fix_changes_the_run_at_the_next_step_and_it_recovers(
     assert (answer["action"], answer["state"], answer["by"]) == ("set", "applied", "watch")
     assert answer["patch"] == {"optimizer.lr": rate}
     terminal.wait_for(lambda: RunReader(run).status().ended, "the end of the run")
-    terminal.press("escape", "q")
-    assert terminal.end() == 0
+    assert terminal.leave() == 0
 
     fixed_after = answer["step"]
     assert rates(run)[fixed_after] == pytest.approx(LR)
@@ -142,8 +141,7 @@ def test_a_resume_fix_goes_back_before_the_fall_and_ends_healthy(
     terminal.wait_for_text(f"goes on from step {start}")
     terminal.press("escape")
     terminal.wait_for(lambda: summary_of(run)["attempt"] == 2, "the end of the second attempt")
-    terminal.press("q")
-    assert terminal.end() == 0
+    assert terminal.leave() == 0
 
     assert rates(run)[start] == rates(untouched)[start] > 2 * rate
     assert rates(run)[start + 1] == pytest.approx(rate)

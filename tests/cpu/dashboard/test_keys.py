@@ -7,9 +7,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from frames import RUN, at_rest, screen_text, settled
+from textual.events import Key
 
 from miles_cli.dashboard.actions import ACTIONS, BOARD, actions_of
 from miles_cli.dashboard.alerts_window import AlertsWindow, FixWindow
+from miles_cli.dashboard.escape_key import SOON_S
 from miles_cli.dashboard.logs_window import LogWindow
 from miles_cli.dashboard.samples_window import SamplesWindow
 from miles_cli.dashboard.stage import Stage
@@ -156,6 +158,24 @@ def test_windows_open_on_their_keys() -> None:
             await pilot.press(key)
             assert isinstance(app.screen, window)
             await pilot.press("escape")
+
+    drive(script)
+
+
+def test_escape_and_a_key_in_one_packet_are_two_keys() -> None:
+    async def script(pilot, app: WatchApp) -> None:  # type: ignore[no-untyped-def]
+        for event, reached in ((Key("alt+a", "a"), AlertsWindow), (Key("alt+shift+x", "X"), ConfirmWindow)):
+            await pilot.press("f")
+            assert isinstance(app.screen, FixWindow)
+            app.post_message(event)
+            await pilot.pause(4 * SOON_S)
+            assert isinstance(app.screen, reached)
+            await pilot.press("escape")
+        await pilot.press("slash", "g")
+        app.post_message(Key("alt+q", "q"))
+        await pilot.pause(4 * SOON_S)
+        assert app.view.query == ""
+        assert not app.is_running
 
     drive(script)
 
