@@ -170,6 +170,12 @@ def _restart(fields: Mapping[str, Any]) -> str:
     return f"restarted: {fields['worker']}{again}"
 
 
+def _restart_failed(fields: Mapping[str, Any]) -> str:
+    return (
+        f"not started again: {fields['worker']}: {fields['reason']} (tries left: {fields['restarts_left']})"
+    )
+
+
 def _kernel_not_built(fields: Mapping[str, Any]) -> str:
     return f"torch decodes: {fields['reason']}"
 
@@ -196,10 +202,11 @@ EVENT_TEXTS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "job_log": _job_log,
     "worker_dead": _worker_dead,
     "restart": _restart,
+    "restart_failed": _restart_failed,
     "node_lost": _node_lost,
     "kernel_not_built": _kernel_not_built,
     "kernel_not_exact": _kernel_not_exact,
 }
 
-ALWAYS_SAID = ("alert", "non_finite", "worker_dead", "restart", "node_lost", "stopping")
+ALWAYS_SAID = ("alert", "non_finite", "worker_dead", "restart", "restart_failed", "node_lost", "stopping")
 """Said even under `--quiet`."""

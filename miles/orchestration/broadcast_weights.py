@@ -1,14 +1,17 @@
 """Weights through one process group of the trainer and all of its servers: who does what, and when.
 
-    group of the servers that lack the version -> they stop decoding -> bucket by bucket: the trainer says
-    what comes, both sides meet in the broadcast, the next one is gathered meanwhile -> they go on.
+    the servers that lack the version stop decoding -> they meet in a group, if they are not in it -> bucket
+    by bucket: the trainer says what comes, both sides meet in the broadcast, the next one is gathered
+    meanwhile -> they go on.
 
-A server that is lost in the middle takes the broadcast with it, not the others: every member leaves the
-group, the lost one is replaced, and a new group is given the version from its beginning. A member that waits
-for the dead one is let go by the end of its neighbours' connections; one that does not answer is lost, too.
+A server that is lost in the middle, or where all meet, takes the broadcast with it, not the others: every
+member leaves the group, the lost one is replaced, and a new group is given the version from its beginning. A
+member that waits for the dead one is let go by the end of its neighbours' connections and of the trainer's
+store; one that does not answer is lost, too.
 
-A server that is replaced between two updates is given the current weights by a group of its own while the
-trainer stands still; once the trainer has learnt, those weights are gone, and it waits for the next update.
+A server that is replaced between two updates is given the trainer's weights by a group of its own, while the
+trainer stands still, before it serves. Once the trainer has learnt these are newer than what the others hold,
+and go by the number of the step that made them: the older ones are gone.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ class BroadcastSource(Protocol):
     def still(self) -> asyncio.Lock:
         """Held while its weights must not change."""
 
-    learnt: bool
-    """Whether they have changed since this was last set to False."""
+    learnt: int
+    """Steps that changed them since this was last set to 0."""
 
     async def node(self) -> str: ...
 
@@ -127,7 +130,7 @@ class BroadcastWeights:
         """Raises: RunError when a server is lost once too often, or the version cannot be handed over."""
         self._pool.forget_prompts()
         self._version, self._holders = version, ()
-        self._trainer.learnt = False
+        self._trainer.learnt = 0
         sends = 0
         while lacking := [seat for seat in self._pool.seats if seat.worker not in self._holders]:
             asked = [(seat, seat.worker) for seat in lacking]
@@ -144,14 +147,14 @@ class BroadcastWeights:
                 await asyncio.gather(*(seat.replace(server, broken.lost[server]) for seat, server in gone))
 
     async def catch_up(self, server: BroadcastSink) -> None:
-        """Give a server that was started in place of another the weights that the others hold, while there
-        are any. Raises: WorkerLost.
+        """Give a server that was started in place of another the trainer's weights, once there was an
+        update. Raises: WorkerLost.
         """
         async with self._trainer.still:
-            if self._version is None or self._trainer.learnt:
+            if self._version is None:
                 return
             try:
-                await self._give(self._version, [server])
+                await self._give(self._version + self._trainer.learnt, [server])
             except Broken as broken:
                 raise broken.lost.get(server) or WorkerLost(server.name, broken.reason) from broken
 
@@ -159,8 +162,10 @@ class BroadcastWeights:
         """Raises: Broken."""
         started = time.perf_counter()
         try:
-            await self._formed(servers)
+            await self._parted(servers)
+            # First, so that one which is gone already is missed before the others wait for it in a group.
             await self._all({server: server.begin_broadcast(version) for server in servers})
+            await self._met(servers)
             size = await self._buckets(version, servers)
             await self._all({server: server.end_broadcast(version) for server in servers})
         except Broken as broken:
@@ -178,14 +183,19 @@ class BroadcastWeights:
             **asdict(size),
         )
 
-    async def _formed(self, servers: Sequence[BroadcastSink]) -> None:
-        """A group of exactly these servers: the one there is, or another in its place."""
+    async def _parted(self, servers: Sequence[BroadcastSink]) -> None:
+        """No group but one of exactly these servers."""
         if self._members == tuple(servers):
             return
         left, self._members = self._members, ()
         serving = {seat.worker for seat in self._pool.seats}
         leaving = (_leave(server) for server in left if server in serving)
         await asyncio.gather(self._trainer.drop_group(), *leaving)
+
+    async def _met(self, servers: Sequence[BroadcastSink]) -> None:
+        """A group of exactly these servers: the one there is, or a new one."""
+        if self._members == tuple(servers):
+            return
         nodes: dict[Part, str] = {}
         parts: dict[Part, Coroutine[Any, Any, None]]
         parts = {server: _note(nodes, server, server.node()) for server in servers}

@@ -23,6 +23,7 @@ from miles.orchestration.rollout_worker import StepRollout
 from miles.orchestration.saves import Saved, Saves
 from miles.orchestration.supervisor import STOP_AFTER_SKIPPED_STEPS, Supervisor
 from miles.orchestration.turns import NoTurns, Turns
+from miles.orchestration.watch import Watch
 from miles.orchestration.weight_sync import WeightSync
 from miles.record import Inbox, RecordWriter, Request
 from miles.training.native.gap_watch import ALIGNMENT_BROKEN
@@ -113,6 +114,8 @@ class Driver:
     turns: Turns = field(default_factory=NoTurns)
     stream: Stream | None = None
     """The rollout side again, where it samples without pause."""
+    watch: Watch | None = None
+    """What goes on beside the loop, where something does."""
     version: int | None = None
     """Of the weights that the engines serve: the step that made them."""
     _saves: Saves = field(init=False)

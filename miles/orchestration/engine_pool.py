@@ -109,11 +109,18 @@ class EnginePool:
         await asyncio.gather(*(call(lane.seat, lambda e: e.load(packet)) for lane in self._lanes))
 
     async def check_health(self, interval: float, timeout: float, first_wait: float) -> None:
-        """For as long as this task lives: end an engine that does not answer, so that it is replaced."""
+        """For as long as this task lives: end an engine that does not answer, so that it is replaced.
+
+        Raises: what a seat that stays empty is given up for (`Seat.replace`).
+        """
         await asyncio.sleep(first_wait)
-        while True:
-            await asyncio.gather(*(_check(lane.seat, timeout) for lane in self._lanes))
-            await asyncio.sleep(interval)
+        # Each on its own: a replacement takes minutes.
+        checks = [asyncio.create_task(_keep_well(lane.seat, interval, timeout)) for lane in self._lanes]
+        try:
+            await asyncio.gather(*checks)
+        finally:
+            for check in checks:
+                check.cancel()
 
     def _lane_of(self, group: int | None) -> _Lane:
         """The engine that has the group's prompt, else the one with the least to do."""
@@ -158,6 +165,12 @@ def _settle(call: _Call, answer: Answer) -> None:
         call.done.set_exception(answer)
     else:
         call.done.set_result(answer)
+
+
+async def _keep_well(seat: Seat[RemoteEngine], interval: float, timeout: float) -> None:
+    while True:
+        await _check(seat, timeout)
+        await asyncio.sleep(interval)
 
 
 async def _check(seat: Seat[RemoteEngine], timeout: float) -> None:

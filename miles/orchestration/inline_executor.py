@@ -11,12 +11,14 @@ from miles.orchestration import assemble, engine_faults, workers
 from miles.orchestration.driver import Driver
 from miles.orchestration.engine_faults import Receiver
 from miles.orchestration.engine_gauges import GaugedWeights
+from miles.orchestration.engine_pool import EnginePool
 from miles.orchestration.observer import Observer
 from miles.orchestration.rewarding import inline_score
 from miles.orchestration.run_model import run_model
 from miles.orchestration.sglang_crew import SglangCrew
 from miles.orchestration.supervisor import Supervisor
 from miles.orchestration.train_worker import TrainWorker
+from miles.orchestration.watch import health_watch
 from miles.orchestration.weight_sync import (
     EqualWeights,
     RoundedWeights,
@@ -57,7 +59,10 @@ class InlineExecutor:
             rollout, sync = engine_faults.inject(
                 fault, sampling, weights, receiver, lambda: weights_for_engine(trainer, own)
             )
-            yield await workers.build_driver(job, rollout, trainer, sync, record, supervisor, observer)
+            driver = await workers.build_driver(job, rollout, trainer, sync, record, supervisor, observer)
+            if isinstance(client, EnginePool):
+                driver.watch = health_watch(client, job.resolved.config.fault_tolerance)
+            yield driver
 
     def close(self) -> None:
         """Whatever an attempt started ended with it."""

@@ -24,6 +24,7 @@ from miles.orchestration.lineage import Lineage
 from miles.orchestration.loop import loop_of
 from miles.orchestration.observer import Observer, SilentObserver
 from miles.orchestration.supervisor import Supervisor
+from miles.orchestration.watch import watched
 from miles.orchestration.worker_loss import WorkerLost
 from miles.planning import Plan
 from miles.record import (
@@ -140,7 +141,8 @@ async def _drive(
     async with executor.driver(job, record, supervisor, observer) as driver:
         with long_lived_objects_kept():
             try:
-                await loop_of(job.resolved.config)(driver)
+                async with watched(driver.watch):
+                    await loop_of(job.resolved.config)(driver)
             except WorkerLost:
                 raise
             except MilesError:

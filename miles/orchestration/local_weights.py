@@ -55,11 +55,11 @@ class OwnBroadcast:
         return self._trainer.still
 
     @property
-    def learnt(self) -> bool:
+    def learnt(self) -> int:
         return self._trainer.learnt
 
     @learnt.setter
-    def learnt(self, learnt: bool) -> None:
+    def learnt(self, learnt: int) -> None:
         self._trainer.learnt = learnt
 
     async def node(self) -> str:

@@ -23,10 +23,11 @@ from miles.orchestration.ray_actors import ACTORS
 from miles.orchestration.ray_runtime import RayRuntime
 from miles.orchestration.rewarding import record_failures
 from miles.orchestration.run_model import run_model
-from miles.orchestration.seats import Seat, call
+from miles.orchestration.seats import Seat, call, ended_unless_ready
 from miles.orchestration.supervisor import Supervisor
 from miles.orchestration.trainer_ranks import TrainerRanks, WrittenWeights
 from miles.orchestration.turns import SharedGpus
+from miles.orchestration.watch import health_watch
 from miles.orchestration.weight_sync import EqualWeights, PacketWeights, ServedSync, WeightSync
 from miles.orchestration.worker_loss import WorkerLost
 from miles.planning.workers import WorkersPlan
@@ -91,7 +92,6 @@ class _Crew:
         self._config = job.resolved.config
         self._workers: list[Any] = []
         self._seats: list[Seat[Any]] = []
-        self._health: asyncio.Task[None] | None = None
         self._sync: ServedSync | None = None
 
     async def assemble(self, supervisor: Supervisor) -> Driver:
@@ -127,7 +127,7 @@ class _Crew:
         if self._config.debug.check_weight_update_equal:
             sync = EqualWeights(sync, pool.checksums, record)
         driver = await workers.build_driver(job, rollout, trainer, sync, record, supervisor, observer, shared)
-        self._watch(pool)
+        driver.watch = health_watch(pool, self._config.fault_tolerance)
         return driver
 
     def _way_of_weights(self, trainer: TrainerRanks, pool: EnginePool) -> ServedSync:
@@ -140,8 +140,6 @@ class _Crew:
 
     def dismiss(self) -> None:
         """End every process of the attempt."""
-        if self._health is not None:
-            self._health.cancel()
         for seat in self._seats:
             seat.dismiss()
         for worker in self._workers:
@@ -210,7 +208,8 @@ class _Crew:
         async def launch(rank: int) -> RemoteEngine:
             engine: RemoteEngine = await self._start("engine", rank, self._plan.trainers + rank, handle)
             if self._sync is not None:
-                await self._sync.catch_up(engine)
+                with ended_unless_ready(engine):
+                    await self._sync.catch_up(engine)
             return engine
 
         return [self._seat(f"engine-{rank}", launch, rank) for rank in range(self._plan.engines)]
@@ -264,7 +263,8 @@ class _Crew:
         post = Post(name, self._job, os.getcwd(), gpus, dict(server_args))
         actor = ray.remote(ACTORS[kind]).options(**options).remote(post)
         limit = self._config.fault_tolerance.worker_start_timeout
-        pid, node = await within(limit, name, answer(name, actor.ready.remote()))
+        with ended_unless_ready(handle(name, actor, 0)):
+            pid, node = await within(limit, name, answer(name, actor.ready.remote()))
         self._nodes.moved_in(name, node)
         worker = handle(name, actor, pid)
         self._workers.append(worker)
@@ -298,16 +298,6 @@ class _Crew:
             told: dict[str, Any] = {"address": gone.address, "workers": list(gone.workers)}
             self._record.event(events.NODE_LOST, **told)
             self._observer.on_event(events.NODE_LOST, told)
-
-    def _watch(self, pool: EnginePool) -> None:
-        health = self._config.fault_tolerance
-        if health.use_fault_tolerance:
-            checks = pool.check_health(
-                health.rollout_health_check_interval,
-                health.rollout_health_check_timeout,
-                health.rollout_health_check_first_wait,
-            )
-            self._health = asyncio.create_task(checks)
 
 
 def _moves(side: bool | None, both: bool, colocated: bool) -> bool:

@@ -101,4 +101,5 @@ class Saves:
             current.completing = asyncio.create_task(complete)
         if not wait and not current.completing.done():
             return None
-        return await current.completing
+        # The files are summed up to their end, whatever ends the run meanwhile.
+        return await asyncio.shield(current.completing)

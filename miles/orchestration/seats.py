@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, Protocol, TypeVar
 
-from miles.errors import RunError
+from miles.errors import MilesError, RunError, Unavailable
 from miles.orchestration.worker_loss import WorkerLost
+from miles.record import events
 
 Report = Callable[..., None]
-"""Called as report(kind, **fields) when a worker is lost or replaced."""
+"""Called as report(kind, **fields) when a worker is lost or replaced, or could not be."""
+
+START_PAUSE_S = 5.0
+"""Seconds before a start that failed is tried again: what it lacked may come back. Doubled every time."""
 
 
 class Worker(Protocol):
@@ -29,13 +34,17 @@ class Seat(Generic[W]):
     def __init__(
         self, name: str, launch: Callable[[], Awaitable[W]], max_restarts: int, report: Report
     ) -> None:
-        """`launch` starts a worker and returns when it is ready to serve; it may raise WorkerLost."""
+        """`launch` starts a worker and returns when it is ready to serve.
+
+        What it raises of WorkerLost and Unavailable is tried again.
+        """
         self.name = name
         self._launch, self._max_restarts, self._report = launch, max_restarts, report
         self._worker: W | None = None
         self._restarts = 0
         self._replacing = asyncio.Lock()
-        self._dismissed = False
+        self._dismissed = asyncio.Event()
+        self._given_up: MilesError | None = None
 
     @property
     def worker(self) -> W:
@@ -50,43 +59,95 @@ class Seat(Generic[W]):
     async def replace(self, dead: W, lost: WorkerLost) -> None:
         """Start another worker in place of `dead`; callers who saw the same death wait for the same one.
 
-        Raises: RunError when the worker was lost once too often; `lost` when the seat was dismissed.
+        A start that fails is told and tried again after a pause, each time a longer one.
+
+        Raises: what a seat that stays empty is given up for, to every caller; `lost` when it was dismissed.
         """
         async with self._replacing:
             if self._worker is not dead:
                 return
-            while True:
-                if self._dismissed:
-                    raise lost
-                self._report("worker_dead", worker=self.name, reason=lost.reason)
-                self._refuse_endless(lost)
-                self._restarts += 1
-                dead.kill()
-                try:
-                    successor = await self._launch()
-                except WorkerLost as again:
-                    lost = again
-                    continue
-                if self._dismissed:
-                    successor.kill()
-                    raise lost
-                self._worker = successor
-                self._report("restart", worker=self.name, restarts=self._restarts)
-                return
+            if self._given_up is not None:
+                raise self._given_up
+            try:
+                successor = await self._successor(dead, lost)
+            except MilesError as failed:
+                self._given_up = failed
+                raise
+            self._worker = successor
+            self._report(events.RESTART, worker=self.name, restarts=self._restarts)
+
+    async def _successor(self, dead: W, lost: WorkerLost) -> W:
+        self._refuse_dismissed(lost)
+        self._report(events.WORKER_DEAD, worker=self.name, reason=lost.reason)
+        failed: WorkerLost | Unavailable = lost
+        pause = START_PAUSE_S
+        while True:
+            self._refuse_endless(failed)
+            self._restarts += 1
+            dead.kill()
+            try:
+                successor = await self._launch()
+            except (WorkerLost, Unavailable) as again:
+                failed = again
+                self._refuse_dismissed(lost)
+                self._tell_failed_start(failed)
+                await self._pause(pause)
+                self._refuse_dismissed(lost)
+                pause *= 2
+                continue
+            except MilesError as hopeless:
+                self._tell_failed_start(hopeless)
+                raise
+            if self._dismissed.is_set():
+                successor.kill()
+                raise lost
+            return successor
+
+    async def _pause(self, seconds: float) -> None:
+        """A dismissal ends it."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._dismissed.wait(), seconds)
+
+    def _tell_failed_start(self, failed: MilesError) -> None:
+        left = self._max_restarts - self._restarts
+        reason = failed.reason if isinstance(failed, WorkerLost) else failed.in_one_line
+        self._report(events.RESTART_FAILED, worker=self.name, reason=reason, restarts_left=left)
+
+    def _refuse_dismissed(self, lost: WorkerLost) -> None:
+        if self._dismissed.is_set():
+            raise lost
 
     def dismiss(self) -> None:
         """End the worker, and one that is being started in its place; requests in flight bring none back."""
-        self._dismissed = True
+        self._dismissed.set()
         if self._worker is not None:
             self._worker.kill()
 
-    def _refuse_endless(self, lost: WorkerLost) -> None:
-        if self._restarts >= self._max_restarts:
+    def _refuse_endless(self, failed: WorkerLost | Unavailable) -> None:
+        if self._restarts < self._max_restarts:
+            return
+        limit = f"(max_worker_restarts = {self._max_restarts})"
+        if isinstance(failed, WorkerLost):
             raise RunError(
                 f"{self.name} was lost {self._restarts + 1} times",
-                why=lost.reason,
-                fix=f"look at logs/{self.name}.log (max_worker_restarts = {self._max_restarts})",
+                why=failed.reason,
+                fix=f"look at logs/{self.name}.log {limit}",
             )
+        raise Unavailable(
+            f"{self.name} was lost, and no other could be started in its place",
+            why=failed.in_one_line,
+            fix=f"{failed.fix or f'look at logs/{self.name}.log'} {limit}",
+        )
+
+
+@contextmanager
+def ended_unless_ready(worker: Worker) -> Iterator[None]:
+    """End a worker process that the body does not bring to serve."""
+    try:
+        yield
+    except BaseException:
+        worker.kill()
+        raise
 
 
 async def call(seat: Seat[W], request: Callable[[W], Awaitable[Any]]) -> Any:

@@ -17,7 +17,7 @@ from miles.orchestration import assemble
 from miles.orchestration.engine_pool import EnginePool
 from miles.orchestration.local_weights import local_sync
 from miles.orchestration.observer import Observer
-from miles.orchestration.seats import Seat
+from miles.orchestration.seats import Seat, ended_unless_ready
 from miles.orchestration.sglang_servers import ServedEngine, TensorPacket
 from miles.orchestration.train_worker import TrainWorker
 from miles.orchestration.weight_packets import pack
@@ -39,7 +39,6 @@ class SglangCrew:
         self._job, self._spec, self._record, self._observer = job, spec, record, observer
         self._config = job.resolved.config
         self._servers: list[ServedEngine] = []
-        self._health: asyncio.Task[None] | None = None
         self._sync: ServedSync | None = None
         addresses = self._config.rollout.rollout_external_engine_addrs
         self._addresses: tuple[str | None, ...] = addresses or (None,) * self._config.engine.num_engines
@@ -53,11 +52,8 @@ class SglangCrew:
         try:
             with self._record.phase("start_servers"):
                 await asyncio.gather(*(seat.fill() for seat in self.seats))
-            self._watch()
             yield self.pool
         finally:
-            if self._health is not None:
-                self._health.cancel()
             for seat in self.seats:
                 seat.dismiss()
             # Those that are being started, too.
@@ -86,20 +82,11 @@ class SglangCrew:
         self._servers.append(server)
         if server.process is not None:
             self._record.event("worker_start", worker=name, pid=server.process.pid)
-        await server.ready()
-        if self._sync is not None:
-            await self._sync.catch_up(server)
+        with ended_unless_ready(server):
+            await server.ready()
+            if self._sync is not None:
+                await self._sync.catch_up(server)
         return server
-
-    def _watch(self) -> None:
-        tolerance = self._config.fault_tolerance
-        if tolerance.use_fault_tolerance:
-            checks = self.pool.check_health(
-                tolerance.rollout_health_check_interval,
-                tolerance.rollout_health_check_timeout,
-                tolerance.rollout_health_check_first_wait,
-            )
-            self._health = asyncio.create_task(checks)
 
     def _report(self, kind: str, **fields: Any) -> None:
         """A server was lost or replaced."""

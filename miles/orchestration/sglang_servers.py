@@ -238,6 +238,7 @@ class ServedEngine:
                 await self.leave_group()
 
     def kill(self) -> None:
+        self.engine.retire()
         if self.process is not None:
             self.process.kill()
 

@@ -24,7 +24,7 @@ class TrainWorker:
     def __init__(self, trainer: AnyTrainer, reward_key: str | None) -> None:
         self.trainer = trainer
         self._reward_key = reward_key
-        self.still, self.learnt = asyncio.Lock(), False
+        self.still, self.learnt = asyncio.Lock(), 0
         """See `broadcast_weights.BroadcastSource`."""
 
     async def train(self, samples: Sequence[Sample]) -> TrainResult:
@@ -32,7 +32,7 @@ class TrainWorker:
         started = time.perf_counter()
         batch: TrainBatch = pack(samples, self._reward_key)
         async with self.still:
-            self.learnt = True
+            self.learnt += 1
             result = self.trainer.train_step(batch)
         seconds = time.perf_counter() - started
         result.metrics["perf/train_time"] = seconds
@@ -67,5 +67,4 @@ class TrainWorker:
     async def load(self, directory: Path) -> None:
         """Restore what `save` wrote."""
         async with self.still:
-            self.learnt = True
             self.trainer.load(directory)

@@ -83,7 +83,7 @@ class TrainerRanks:
 
     def __init__(self, ranks: Sequence[TrainerRank]) -> None:
         self._ranks = tuple(ranks)
-        self.still, self.learnt = asyncio.Lock(), False
+        self.still, self.learnt = asyncio.Lock(), 0
         self._along: list[asyncio.Future[None]] = []
         """The other ranks' parts in the gather that is under way."""
 
@@ -99,7 +99,7 @@ class TrainerRanks:
     async def train(self, samples: Sequence[Sample]) -> TrainResult:
         shared = self._ranks[0].share(samples)
         async with self.still:
-            self.learnt = True
+            self.learnt += 1
             result: TrainResult = (await together([rank.train(shared) for rank in self._ranks]))[0]
         return result
 
@@ -117,7 +117,6 @@ class TrainerRanks:
 
     async def load(self, directory: Path) -> None:
         async with self.still:
-            self.learnt = True
             await together([rank.load(directory) for rank in self._ranks])
 
     async def weights(self, version: int) -> Any:

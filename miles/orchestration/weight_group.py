@@ -21,12 +21,26 @@ from torch.distributed import distributed_c10d
 
 from miles.rollout.sglang.control import UpdateFailed
 from miles.rollout.sglang.weight_payload import Meeting
-from miles.training.native.process_group import LOOPBACK, off_loopback, on_loopback, open_store
+from miles.training.native.process_group import (
+    JOIN_TIMEOUT_S,
+    LOOPBACK,
+    off_loopback,
+    on_loopback,
+    open_store,
+)
 
 T = TypeVar("T")
 
 BUCKET_S = 300.0
-"""Seconds for one bucket, and for all to meet, at most."""
+"""Seconds for one bucket at most."""
+
+MEET_S = 60.0
+"""Seconds for all to meet at most: less than a server's own request may take, so that this end, which waits
+for all, gives up first and the others are told."""
+
+LINGER_S = 2.0
+"""Seconds that a meeting which broke off is open for those on their way: torch looks for a store that is gone
+for as long as for one that is not there yet."""
 
 
 class WeightGroup:
@@ -34,22 +48,44 @@ class WeightGroup:
 
     def __init__(self, host: str, size: int, device: str, timeout_s: float = BUCKET_S) -> None:
         """`size`: ranks with this one. Raises: RunError when `host` cannot be listened on."""
-        self._store, self._device = open_store(host), device
-        self._timeout = timedelta(seconds=timeout_s)
+        self._store: dist.TCPStore | None = open_store(host)
+        self._device, self._timeout_s = device, timeout_s
+        self._meeting_now = False
         backend, name = "nccl" if device == "cuda" else "gloo", f"miles-{uuid.uuid4().hex}"
         self.meeting = Meeting(host, int(self._store.port), name, size, backend)
+        # Not the store itself, which ends the waiting of all when it is let go.
+        limit = timedelta(seconds=JOIN_TIMEOUT_S)
+        self._client = dist.TCPStore(host, self.meeting.port, is_master=False, timeout=limit)
         self._group: dist.ProcessGroup | None = None
 
     async def join(self) -> None:
-        """Return when all ranks have come. Raises: UpdateFailed."""
-        await _beside(self._form, f"process group {self.meeting.name} was not formed")
+        """Return when all ranks have come. Raises: UpdateFailed, and lets go of those that have."""
+        failure = f"process group {self.meeting.name} was not formed"
+        limit = min(MEET_S, self._timeout_s)
+        self._meeting_now = True
+        try:
+            async with asyncio.timeout(limit):
+                await _beside(self._form, failure)
+        except TimeoutError:
+            self.leave()
+            raise UpdateFailed(failure, why=f"not all servers had come within {limit:g} s") from None
+        finally:
+            self._meeting_now = False
 
     async def send(self, tensors: Sequence[Tensor], version: int) -> None:
         """Broadcast them, in their order; returns when they are with the others. Raises: UpdateFailed."""
         await _beside(lambda: self._send(tensors), f"weight version {version} broke off")
 
+    async def linger(self) -> None:
+        """Return when a meeting that broke off can be left."""
+        if self._meeting_now:
+            await asyncio.sleep(LINGER_S)
+
     def leave(self) -> None:
-        """Let go: ranks that still wait for this one are told by the end of its connections."""
+        """Let go: ranks that still wait for this one, or for others to come, are told by the end of its
+        connections, those of its store among them.
+        """
+        self._store = None
         group, self._group = self._group, None
         if group is not None:
             dist.destroy_process_group(group)
@@ -63,12 +99,15 @@ class WeightGroup:
             0,
             [],
             dist.Backend(meeting.backend),
-            dist.PrefixStore(meeting.name, self._store),
+            dist.PrefixStore(meeting.name, self._client),
             group_name=meeting.name,
-            timeout=self._timeout,
+            timeout=timedelta(seconds=self._timeout_s),
         )
         distributed_c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(meeting.size)}
         self._group = group
+        if self._store is None:
+            self.leave()
+            raise RuntimeError("it was let go of meanwhile")
 
     def _send(self, tensors: Sequence[Tensor]) -> None:
         group = self._group

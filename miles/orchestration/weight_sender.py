@@ -74,6 +74,8 @@ class WeightSender:
 
     async def drop(self) -> None:
         """After a broadcast that broke off: leave the group, and bring what is being gathered to its end."""
+        if self._group is not None:
+            await self._group.linger()
         self._leave()
         await asyncio.get_running_loop().run_in_executor(self._gathering, self._drain)
 

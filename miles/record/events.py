@@ -18,6 +18,7 @@ EXCEPTION = "exception"
 WORKER_START = "worker_start"
 WORKER_DEAD = "worker_dead"
 RESTART = "restart"
+RESTART_FAILED = "restart_failed"
 NODE_LOST = "node_lost"
 NON_FINITE = "non_finite"
 ROUTES_MISSING = "routes_missing"
@@ -41,6 +42,7 @@ REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
     WORKER_START: ("worker", "pid"),
     WORKER_DEAD: ("worker", "reason"),
     RESTART: ("worker",),
+    RESTART_FAILED: ("worker", "reason"),
     NODE_LOST: ("address", "workers"),
     NON_FINITE: ("step", "tensor", "what", "count"),
     ROUTES_MISSING: ("step", "what", "count"),

@@ -14,6 +14,7 @@ _LEVELS = {
     kinds.EXCEPTION: "critical",
     kinds.WORKER_DEAD: "critical",
     kinds.NODE_LOST: "critical",
+    kinds.RESTART_FAILED: "warning",
     kinds.NON_FINITE: "critical",
     kinds.ROUTES_MISSING: "warning",
     kinds.BAD_ROW: "warning",

@@ -14,7 +14,7 @@ class FaultToleranceSection(Section):
     """Check the engines' health and restart one that does not answer; one that died is replaced anyway."""
 
     max_worker_restarts: NonNegativeInt = 3
-    """Times each worker process is replaced before the run ends."""
+    """Times each worker process is replaced before the run ends; a start that fails counts."""
 
     worker_start_timeout: PositiveFloat = 600.0
     """Seconds that a worker may take to start or to find room in the cluster; then the run ends, and can be

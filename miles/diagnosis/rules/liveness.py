@@ -101,6 +101,8 @@ def worker_died(view: RecordView) -> Match | None:
     deaths = [e for e in view.events(kinds.WORKER_DEAD) if e["attempt"] == view.history.attempt]
     told = [f"{e['worker']}: {e['reason']}" for e in deaths]
     told += [f"{actor.name}: {actor.reason}" for actor in view.logs.deaths]
+    failed = [e for e in view.events(kinds.RESTART_FAILED) if e["attempt"] == view.history.attempt]
+    told += [f"{e['worker']} was not started again: {e['reason']}" for e in failed if told]
     if not told:
         return None
     evidence = tuple(Evidence(text) for text in told[:8])

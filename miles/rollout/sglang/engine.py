@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,8 +87,10 @@ class SglangEngine:
         self._released: set[MemoryTag] = set()
         self.sent_bytes = 0
         """Of the weights of the last update."""
-        self._arriving, self._in_session = 0, False
-        """Bytes of a broadcast so far, and whether the server has an update session open for it."""
+        self._arriving = 0
+        """Bytes of a broadcast so far."""
+        self._in_session: bool | None = None
+        """Whether the server has an update session open for a broadcast; None before its first bucket."""
         self._version: int | None = None
         self._broken = ""
         self._paused = False
@@ -97,7 +98,8 @@ class SglangEngine:
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[GenerateOutput]:
         """Answer all requests, in their order; see the protocol. What new weights cut off goes on under them.
 
-        Raises: BrokenContract when the server leaves out what was asked for.
+        Raises: BrokenContract when the server leaves out what was asked for; UpdateFailed when it has no
+        weights of one version.
         """
         for request in requests:
             self._refuse_unfit(request)
@@ -111,6 +113,8 @@ class SglangEngine:
             while call.cut_off and not call.aborted:
                 call.cut_off = False
                 cut = [i for i, output in enumerate(outputs) if output.finish_reason == "abort"]
+                if not cut:
+                    break
                 rest = await self._ask(call, [rest_of(requests[i], outputs[i]) for i in cut])
                 for i, newer in zip(cut, rest, strict=True):
                     outputs[i] = joined(outputs[i], newer)
@@ -123,9 +127,7 @@ class SglangEngine:
         while not self._steady.is_set():
             await self._steady.wait()
         if self._broken:
-            raise RunError("the SGLang engine cannot generate", where=self.http.url, why=self._broken)
-        if not requests:
-            return []
+            raise UpdateFailed("the SGLang engine cannot generate", where=self.http.url, why=self._broken)
         call.parts += 1
         call.rids = rids = [f"{call.name}{call.parts}-{i}-" for i in range(len(requests))]
         call.answered.clear()
@@ -187,39 +189,41 @@ class SglangEngine:
         )
 
     async def join_broadcast(self, meeting: Meeting, rank: int) -> None:
-        """Join a process group, from this rank on. Raises: UpdateFailed."""
+        """Join a process group, from this rank on: between `begin_broadcast` and the first bucket, for the
+        server does nothing else until all have come. Raises: UpdateFailed.
+        """
         try:
             await self.control.join_group(meeting, rank)
         except RunError as refused:
             raise UpdateFailed("the process group was not joined", self.http.url, refused.why) from refused
 
     async def begin_broadcast(self, version: int) -> None:
-        """Stop decoding for weights that come through a process group, bucket by bucket."""
+        """Stop decoding for weights that come through a process group, bucket by bucket.
+
+        Requests wait until some version has come whole, also over broadcasts that break off, or for `retire`.
+        """
         self._broken = f"receiving weight version {version} failed half way"
         self._set_steady(False)
-        with self._steady_when_broken():
-            await self._stop_decoding()
-            self._in_session = await self.control.open_update()
-            self._arriving = 0
+        await self._stop_decoding()
+        self._in_session, self._arriving = None, 0
 
     async def take_broadcast(self, group: str, announced: Announced, version: int, timeout: float) -> None:
         """Load one bucket that the group brings. Raises: UpdateFailed."""
-        with self._steady_when_broken():
-            await self.control.update_from_group(group, announced, version, self._forgets, timeout)
-            self._arriving += announced.nbytes
+        if self._in_session is None:
+            self._in_session = await self.control.open_update()
+        await self.control.update_from_group(group, announced, version, self._forgets, timeout)
+        self._arriving += announced.nbytes
 
     async def end_broadcast(self, version: int) -> None:
         """The weights are whole: go on. Raises: UpdateFailed when the server says otherwise."""
-        with self._steady_when_broken():
-            await self.control.close_update(version, self._in_session)
-            self._in_session, self.sent_bytes = False, self._arriving
-            await self._arrived(version)
+        await self.control.close_update(version, bool(self._in_session))
+        self._in_session, self.sent_bytes = None, self._arriving
+        await self._arrived(version)
         self._set_steady(True)
 
     async def leave_broadcast(self, group: str) -> None:
         """Leave a process group. Weights that did not arrive whole are not served."""
-        self._set_steady(True)
-        in_session, self._in_session = self._in_session, False
+        in_session, self._in_session = self._in_session, None
         await self.control.leave_group(group)
         if in_session:
             await self.control.close_update(-1, in_session)
@@ -227,6 +231,11 @@ class SglangEngine:
     async def receive_checkpoint(self, checkpoint: Path, version: int) -> None:
         """Let the server read its weights from a directory. Raises: UpdateFailed."""
         await self._update(version, lambda: self.control.update_from_disk(checkpoint, version, self._forgets))
+
+    def retire(self) -> None:
+        """It is not asked any more: requests that wait for its weights are told so."""
+        self._broken = self._broken or "it was given up"
+        self._set_steady(True)
 
     async def release(self, tags: Sequence[MemoryTag]) -> None:
         """Give GPU memory to a trainer on the same GPUs; nothing may be decoding."""
@@ -283,15 +292,6 @@ class SglangEngine:
         if told != version:
             what = f"the server says it has weight version {told}"
             raise UpdateFailed(what, self.http.url, f"{version} was sent")
-
-    @contextmanager
-    def _steady_when_broken(self) -> Iterator[None]:
-        """A part of an update; when it fails, requests that wait for its end are told so."""
-        try:
-            yield
-        except BaseException:
-            self._set_steady(True)
-            raise
 
     async def _stop_decoding(self) -> None:
         """Pause. Running requests stay as they are ("in_place"), or end: for good, or to go on afterwards."""

@@ -208,3 +208,12 @@ def test_a_worker_that_was_replaced_is_a_warning_while_the_run_goes_on(
         writer.event("restart", worker="engine-0", restarts=1)
         finding = BY_ID["LV3"].check(RecordView.of_run(RunReader(tmp_path)))
     assert finding is not None and finding.severity == severity
+
+
+def test_why_a_lost_worker_was_not_replaced_is_evidence(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path) as writer:
+        writer.event("worker_dead", worker="engine-0", reason="signal 9")
+        writer.event("restart_failed", worker="engine-0", reason="no memory", restarts_left=2)
+        finding = BY_ID["LV3"].check(RecordView.of_run(RunReader(tmp_path)))
+    assert finding is not None and finding.severity == "critical"
+    assert finding.evidence[1].text == "engine-0 was not started again: no memory"

@@ -12,7 +12,7 @@ import torch
 
 from miles.errors import RunError
 from miles.http_client import HttpClient
-from miles.orchestration import broadcast_weights
+from miles.orchestration import broadcast_weights, weight_group
 from miles.orchestration.broadcast_weights import MAX_SENDS, BroadcastWeights
 from miles.orchestration.engine_pool import EnginePool
 from miles.orchestration.local_weights import OwnBroadcast
@@ -22,6 +22,7 @@ from miles.orchestration.train_worker import TrainWorker
 from miles.orchestration.weight_sender import WeightSender
 from miles.orchestration.worker_loss import WorkerLost
 from miles.planning.facts.checkpoint import read_checkpoint
+from miles.rollout.engine import GenerateRequest, SamplingParams
 from miles.rollout.sglang.engine import SglangEngine, SglangSettings
 from tests.cpu.rollout.fake_sglang import FakeSglang
 
@@ -57,11 +58,11 @@ class Stage:
 
         self._sessions = sessions
         self.trainer = TrainWorker(None, None)  # type: ignore[arg-type]
-        source = OwnBroadcast(self.trainer, WeightSender(named, 40, "cpu", delta))
+        self.source = OwnBroadcast(self.trainer, WeightSender(named, 40, "cpu", delta))
         self.pool = EnginePool([self._seat(f"engine-{i}") for i in range(servers)])
         self.sync: BroadcastWeights | None = None
         await asyncio.gather(*(seat.fill() for seat in self.pool.seats))
-        self.sync = BroadcastWeights(source, self.pool, 1, self.record)  # type: ignore[arg-type]
+        self.sync = BroadcastWeights(self.source, self.pool, 1, self.record)  # type: ignore[arg-type]
 
     def _seat(self, name: str) -> Seat[Any]:
         async def launch() -> ServedEngine:
@@ -80,7 +81,7 @@ class Stage:
 
     def learn(self, by: float = 10.0) -> None:
         self.weights = {name: tensor + by for name, tensor in self.weights.items()}
-        self.trainer.learnt = True
+        self.trainer.learnt += 1
 
     def serving(self) -> list[FakeSglang]:
         return [started[-1] for started in self.servers.values()]
@@ -103,6 +104,11 @@ async def staged(servers: int, **more: bool) -> AsyncIterator[Stage]:
         stage = Stage(stack)
         await stage.begin(servers, **more)
         yield stage
+
+
+def request(group: int) -> GenerateRequest:
+    sampling = SamplingParams(max_new_tokens=2, temperature=1.0)
+    return GenerateRequest(input_ids=[1, 2], sampling=sampling, sample_key=group, group=group)
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
@@ -223,6 +229,79 @@ def test_a_server_that_does_not_answer_in_a_broken_broadcast_is_lost_too(
     run(scenario)
 
 
+@pytest.mark.parametrize("hangs", [False, True], ids=["dies", "hangs"])
+def test_a_server_that_is_lost_while_all_meet_takes_no_other_with_it(
+    hangs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_group, "LINGER_S", 0.0)
+    monkeypatch.setattr(broadcast_weights, "GRACE_S", 0.5 if hangs else 30.0)
+    if hangs:
+        monkeypatch.setattr(weight_group, "MEET_S", 0.3)
+
+    async def scenario() -> None:
+        async with staged(4) as stage:
+            assert stage.sync is not None
+            servers = stage.serving()
+            lost = servers[1]
+
+            async def fails(body: Any) -> Any:
+                # The others wait for it in the trainer's store.
+                while not all(server.met for server in servers if server is not lost):
+                    await asyncio.sleep(0)
+                if not hangs:
+                    lost.die()
+                    return 200, None
+                await asyncio.sleep(3600)
+
+            lost._on_init_weights_update_group = fails  # type: ignore[method-assign]
+            await stage.sync.send(1)
+            stage.assert_held(1)
+            assert {name: len(started) for name, started in stage.servers.items()} == {
+                "engine-0": 1, "engine-1": 2, "engine-2": 1, "engine-3": 1,
+            }  # fmt: skip
+            (failed,) = stage.events("weight_sync_failed")
+            assert failed["version"] == 1 and failed["lost"] == ["engine-1"]
+            assert ("had come" in failed["reason"]) == hangs
+
+    run(scenario)
+
+
+def test_servers_on_their_way_to_a_meeting_that_broke_off_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch would look for the trainer's store for as long as for one that is not there yet."""
+    monkeypatch.setattr(weight_group, "LINGER_S", 0.7)
+
+    async def scenario() -> None:
+        async with staged(2) as stage:
+            assert stage.sync is not None
+            lost, late = stage.serving()
+            broke, drop = asyncio.Event(), stage.source.drop_group
+            join = late._on_init_weights_update_group
+
+            async def noted() -> None:
+                if JOIN in late.paths:
+                    broke.set()
+                await drop()
+
+            async def dies(body: Any) -> Any:
+                lost.die()
+
+            async def comes_late(body: Any) -> Any:
+                await broke.wait()
+                return await join(body)
+
+            stage.source.drop_group = noted  # type: ignore[method-assign]
+            lost._on_init_weights_update_group = dies  # type: ignore[method-assign]
+            late._on_init_weights_update_group = comes_late  # type: ignore[method-assign]
+            await stage.sync.send(1)
+            stage.assert_held(1)
+            assert {name: len(started) for name, started in stage.servers.items()} == {
+                "engine-0": 2,
+                "engine-1": 1,
+            }
+
+    run(scenario)
+
+
 def test_weights_that_every_server_refuses_end_the_run() -> None:
     """No server is replaced for it: it is there, and another one would refuse them as well."""
 
@@ -240,23 +319,55 @@ def test_weights_that_every_server_refuses_end_the_run() -> None:
     run(scenario)
 
 
-def test_a_server_that_is_replaced_gets_the_weights_that_the_trainer_still_has() -> None:
-    """Before the trainer learns, at once; afterwards they are gone, and it waits for the next."""
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_server_that_is_replaced_has_the_trainer_s_weights_before_it_serves(steps: int) -> None:
+    """Those of the others are gone once the trainer has learnt: they go by the step that made them."""
 
     async def scenario() -> None:
         async with staged(2) as stage:
             assert stage.sync is not None
             await stage.sync.send(1)
+            for _ in range(steps):
+                stage.learn()
             seat = stage.pool.seats[1]
             await seat.replace(seat.worker, WorkerLost("engine-1", "killed"))
-            stage.assert_held(1)
-            assert [e["engines"] for e in stage.events("weights_broadcast")][1:] == [["engine-1"]]
+            other, server = stage.serving()
+            assert other.version == "1" and server.version == str(1 + steps) and not server.paused
+            assert {n: t.tolist() for n, t in server.received.items()} == {
+                n: t.tolist() for n, t in stage.weights.items()
+            }
+            sent = stage.events("weights_broadcast")[1:]
+            assert [(e["version"], e["engines"]) for e in sent] == [(1 + steps, ["engine-1"])]
+            await stage.sync.send(2 + steps)
+            stage.assert_held(2 + steps)
 
+    run(scenario)
+
+
+@pytest.mark.parametrize("lost", ["one", "all"])
+def test_requests_go_on_over_servers_that_are_lost_in_a_broadcast(lost: str) -> None:
+    async def scenario() -> None:
+        async with staged(2) as stage:
+            assert stage.sync is not None
+            await stage.sync.send(1)
             stage.learn()
-            await seat.replace(seat.worker, WorkerLost("engine-1", "killed"))
-            assert stage.serving()[1].version == "default", "no version that is half of another"
+            first = stage.serving()
+            for server in first:
+                server.buckets.clear()
+                server.finish.clear()
+                server.cut_after = 1
+            for server in first if lost == "all" else first[:1]:
+                server.dies_on_bucket = 1
+            asked = [asyncio.create_task(stage.pool.generate([request(n)])) for n in range(2)]
+            await asyncio.gather(*(server.generating.wait() for server in first))
             await stage.sync.send(2)
             stage.assert_held(2)
+            outputs = [output for answer in await asyncio.gather(*asked) for output in answer]
+            begun_anew, gone_on_with = [(2, 0)], [(1, 0), (2, 1)]
+            spans = [begun_anew, begun_anew if lost == "all" else gone_on_with]
+            assert [output.weight_versions for output in outputs] == spans
+            dead = 2 if lost == "all" else 1
+            assert len(stage.events("worker_dead")) == len(stage.events("restart")) == dead
 
     run(scenario)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -21,6 +22,7 @@ from miles.orchestration.job import Job, RunOutcome
 from miles.orchestration.lineage import Lineage
 from miles.orchestration.observer import SilentObserver
 from miles.orchestration.supervisor import Supervisor
+from miles.orchestration.watch import Watch
 from miles.record import History, RecordWriter, RunStatus, summarise
 
 
@@ -29,10 +31,18 @@ class TinyExecutor:
 
     def __init__(self, stopped_in: int, supervisor: Supervisor) -> None:
         self.stopped_in, self.supervisor, self.complete = stopped_in, supervisor, False
+        self.watch: Watch | None = None
+        self.saved = False
 
     @asynccontextmanager
     async def driver(self, *_: Any) -> AsyncIterator[TinyExecutor]:
         yield self
+
+    async def finish_saving(self) -> None:
+        self.saved = True
+
+    async def stall(self, _: Any) -> None:
+        await asyncio.Event().wait()
 
     async def turn(self, _: Any) -> None:
         for step in (1, 2):
@@ -56,6 +66,27 @@ def test_a_stop_in_the_last_step_left_nothing_out(
             cast(Job, job), cast(launch.Executor, executor), record, supervisor, SilentObserver()
         )
     assert ending.status is status
+
+
+def test_a_run_that_waits_for_an_engine_which_cannot_be_replaced_ends_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No request may find out: all of them wait."""
+
+    async def watch() -> None:
+        raise Unavailable("engine-1 was lost, and no other could be started in its place")
+
+    executor = TinyExecutor(0, supervisor := Supervisor())
+    executor.watch = watch
+    monkeypatch.setattr(launch, "loop_of", lambda _: executor.stall)
+    job = SimpleNamespace(resolved=resolve("quickstart"), run_dir=tmp_path, attempt=1, lineage=Lineage())
+    with RecordWriter(tmp_path) as record:
+        ending = launch._attempt(
+            cast(Job, job), cast(launch.Executor, executor), record, supervisor, SilentObserver()
+        )
+        outcome = launch._end(cast(Job, job), ending, record, History(), supervisor, 1.0)
+    assert outcome.exit_code is ExitCode.UNAVAILABLE and "engine-1" in str(outcome.error)
+    assert executor.saved, "a checkpoint on its way is completed"
 
 
 def test_an_attempt_is_copied_to_the_trackers_that_it_asks_for(

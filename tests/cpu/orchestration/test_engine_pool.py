@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from miles.errors import MilesError, RunError
+from miles.errors import ExitCode, MilesError, RunError, Unavailable
+from miles.orchestration import seats
 from miles.orchestration.engine_pool import Answer, EnginePool
 from miles.orchestration.seats import Seat
 from miles.orchestration.worker_loss import WorkerLost
@@ -33,6 +34,7 @@ class ScriptedEngine:
         self.answered: list[int] = []
         self.loaded: list[Any] = []
         self.killed = asyncio.Event()
+        self.checks = 0
 
     async def generate(self, calls: Sequence[Sequence[GenerateRequest]]) -> AsyncIterator[tuple[int, Answer]]:
         self.batches.append([call[0].sample_key for call in calls])
@@ -59,6 +61,7 @@ class ScriptedEngine:
         self.loaded.append(packet)
 
     async def health(self) -> EngineHealth:
+        self.checks += 1
         if self.hangs:
             await self.killed.wait()
         return EngineHealth(ok=True, reason="", weight_version=1, running=0, waiting=0, paused=False)
@@ -90,14 +93,17 @@ def group(number: int, size: int = 1) -> list[GenerateRequest]:
 
 
 class Crew:
-    """Seats filled from a list of engines, in order; the events they report."""
+    """Seats filled from a list of engines, in order, some of which do not start; the events they report."""
 
-    def __init__(self, *engines: ScriptedEngine, seats: int, max_restarts: int = 3) -> None:
+    def __init__(self, *engines: ScriptedEngine | MilesError, seats: int, max_restarts: int = 3) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
         waiting = iter(engines)
 
         async def launch() -> ScriptedEngine:
-            return next(waiting)
+            engine = next(waiting)
+            if isinstance(engine, MilesError):
+                raise engine
+            return engine
 
         self.seats = [
             Seat(f"engine-{i}", launch, max_restarts, lambda kind, **f: self.events.append((kind, f)))
@@ -111,6 +117,18 @@ class Crew:
 
     def kinds(self) -> Counter[str]:
         return Counter(kind for kind, _ in self.events)
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were paused for; none of them pass."""
+    taken: list[float] = []
+
+    async def pause(self: Seat[Any], seconds: float) -> None:
+        taken.append(seconds)
+
+    monkeypatch.setattr(Seat, "_pause", pause)
+    return taken
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
@@ -200,6 +218,103 @@ def test_an_engine_that_does_not_answer_is_ended_and_its_groups_drawn_again() ->
         (answer,) = await pool.generate(group(7))
         watch.cancel()
         assert answer.output_ids == [700] and crew.kinds() == {"worker_dead": 1, "restart": 1}
+
+    run(scenario)
+
+
+NOT_STARTED = Unavailable("the server did not start", "server-0.log", "out of memory", "look there")
+
+
+@pytest.mark.parametrize("failed", [NOT_STARTED, WorkerLost("engine-0", "out of memory")])
+def test_a_start_that_fails_is_told_and_tried_again_after_a_pause(
+    failed: MilesError, pauses: list[float]
+) -> None:
+    async def scenario() -> None:
+        dead, successor = ScriptedEngine(dies_after=0), ScriptedEngine()
+        crew = Crew(dead, failed, failed, successor, seats=1)
+        (answer,) = await (await crew.pool()).generate(group(3))
+        assert answer.output_ids == [300]
+        assert [kind for kind, _ in crew.events] == ["worker_dead", *["restart_failed"] * 2, "restart"]
+        told = [fields for kind, fields in crew.events if kind == "restart_failed"]
+        assert all("out of memory" in fields["reason"] for fields in told)
+        assert [fields["restarts_left"] for fields in told] == [2, 1]
+        assert pauses == [seats.START_PAUSE_S, 2 * seats.START_PAUSE_S]
+
+    run(scenario)
+
+
+def test_a_seat_that_stays_empty_ends_the_health_checks_and_every_caller(pauses: list[float]) -> None:
+    """Not only the one that found it empty: others wait for the same engine."""
+
+    async def scenario() -> None:
+        hanging, other = ScriptedEngine(hangs=True), ScriptedEngine()
+        crew = Crew(hanging, other, *[NOT_STARTED] * 3, seats=2)
+        pool = await crew.pool()
+        asked = asyncio.create_task(pool.generate(group(0)))
+        with pytest.raises(Unavailable, match="engine-0 was lost, and no other") as raised:
+            await pool.check_health(interval=60, timeout=0.05, first_wait=0)
+        assert "server-0.log" in raised.value.why and "out of memory" in raised.value.why
+        assert raised.value.exit_code is ExitCode.UNAVAILABLE
+        with pytest.raises(Unavailable):
+            await asked
+        assert crew.kinds() == {"worker_dead": 1, "restart_failed": 3}
+
+    run(scenario)
+
+
+def test_a_start_that_cannot_be_mended_by_another_is_not_tried_again(pauses: list[float]) -> None:
+    async def scenario() -> None:
+        crew = Crew(ScriptedEngine(dies_after=0), RunError("the cluster has no room"), seats=1)
+        pool = await crew.pool()
+        with pytest.raises(RunError, match="no room"):
+            await pool.generate(group(0))
+        assert crew.kinds() == {"worker_dead": 1, "restart_failed": 1}
+
+    run(scenario)
+
+
+def test_health_checks_of_one_engine_do_not_wait_for_the_start_of_another() -> None:
+    async def scenario() -> None:
+        first, second = ScriptedEngine(hangs=True), ScriptedEngine()
+        starting = asyncio.Event()
+
+        async def launch() -> ScriptedEngine:
+            starting.set()
+            await asyncio.sleep(3600)
+            raise AssertionError
+
+        engines = iter([first, second])
+
+        async def fill() -> ScriptedEngine:
+            return next(engines, None) or await launch()
+
+        both = [Seat(f"engine-{i}", fill, 3, lambda kind, **fields: None) for i in range(2)]
+        for seat in both:
+            await seat.fill()
+        pool = EnginePool(both)
+        watch = asyncio.create_task(pool.check_health(interval=0.01, timeout=0.05, first_wait=0))
+        await starting.wait()
+        second.checks = 0
+        while second.checks < 2:
+            await asyncio.sleep(0.01)
+        watch.cancel()
+
+    run(scenario)
+
+
+def test_an_attempt_that_ends_in_a_pause_starts_no_engine() -> None:
+    async def scenario() -> None:
+        crew = Crew(ScriptedEngine(), NOT_STARTED, ScriptedEngine(), seats=1)
+        await crew.pool()
+        (seat,) = crew.seats
+        lost = WorkerLost("engine-0", "killed")
+        replacing = asyncio.create_task(seat.replace(seat.worker, lost))
+        while "restart_failed" not in crew.kinds():
+            await asyncio.sleep(0)
+        seat.dismiss()
+        with pytest.raises(WorkerLost):
+            await replacing
+        assert crew.kinds() == {"worker_dead": 1, "restart_failed": 1}
 
     run(scenario)
 

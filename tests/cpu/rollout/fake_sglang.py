@@ -43,6 +43,8 @@ class FakeSglang:
         self.hang_up_on: set[str] = set()
         self.groups: dict[str, dist.ProcessGroup] = {}
         """Real ones, of gloo, by name."""
+        self.met = False
+        """Whether it has come to the store of a group."""
         self.generating = asyncio.Event()
         self.finish = asyncio.Event()
         self.finish.set()
@@ -81,8 +83,11 @@ class FakeSglang:
         self.calls.append((path, body))
         if path == "/update_weights_from_distributed" and len(self.buckets) == self.dies_on_bucket:
             self.die()
+        answered = None
         if path not in self.hang_up_on and not self.dead:
-            status, answer = await self._answer(path, body)
+            answered = await self._answer(path, body)
+        if answered is not None and not self.dead:
+            status, answer = answered
             raw = answer if isinstance(answer, bytes) else orjson.dumps(answer)
             # In two chunks, as servers that stream do.
             parts = [part for part in (raw[:5], raw[5:]) if part]
@@ -152,7 +157,12 @@ class FakeSglang:
         return 200, {"success": True, "message": "ok"}
 
     async def _on_init_weights_update_group(self, body: Any) -> Answer:
-        self.groups[body["group_name"]] = await asyncio.to_thread(_join, body)
+        try:
+            store = await asyncio.to_thread(_store, body)
+            self.met = True
+            self.groups[body["group_name"]] = await asyncio.to_thread(_join, body, store)
+        except RuntimeError as broken:
+            return 400, {"success": False, "message": str(broken).splitlines()[0]}
         return 200, {"success": True}
 
     async def _on_destroy_weights_update_group(self, body: Any) -> Answer:
@@ -216,15 +226,19 @@ class FakeSglang:
         }
 
 
-def _join(body: Any) -> dist.ProcessGroup:
+LIMIT = timedelta(seconds=20)
+
+
+def _store(body: Any) -> dist.Store:
+    return dist.TCPStore(body["master_address"], body["master_port"], is_master=False, timeout=LIMIT)
+
+
+def _join(body: Any, store: dist.Store) -> dist.ProcessGroup:
     """As torch's own helper does it below SGLang's `init_custom_process_group`."""
-    name, limit = body["group_name"], timedelta(seconds=20)
-    store: dist.Store = dist.TCPStore(
-        body["master_address"], body["master_port"], is_master=False, timeout=limit
-    )
+    name = body["group_name"]
     for prefix in (name, f"{name}/", "cpu/"):
         store = dist.PrefixStore(prefix, store)
-    return dist.ProcessGroupGloo(store, body["rank_offset"], body["world_size"], limit)
+    return dist.ProcessGroupGloo(store, body["rank_offset"], body["world_size"], LIMIT)
 
 
 def _receive(group: dist.ProcessGroup, tensors: list[torch.Tensor]) -> None:

@@ -249,13 +249,31 @@ def test_a_broadcast_names_what_the_group_brings(spec: ArchSpec) -> None:
     with_server(spec, scenario)
 
 
-def test_a_broadcast_that_breaks_off_is_no_update(spec: ArchSpec) -> None:
+def test_requests_wait_over_a_broadcast_that_breaks_off_for_one_that_does_not(spec: ArchSpec) -> None:
     async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
         server.overrides["/update_weights_from_distributed"] = 400, {"success": False, "message": "no group"}
         with pytest.raises(UpdateFailed, match="refused"):
             await broadcast(engine, WEIGHTS, 4)
-        with pytest.raises(RunError, match="cannot generate"):
-            await engine.generate([request(1, 2, 3)])
+        asked = asyncio.create_task(engine.generate([request(1, 2, 3)]))
+        server.overrides |= {"/destroy_weights_update_group": (200, {"success": True})}
+        await engine.leave_broadcast("group")
+        assert not asked.done() and "/generate" not in server.paths
+        del server.overrides["/update_weights_from_distributed"]
+        await broadcast(engine, WEIGHTS, 5)
+        (output,) = await asked
+        assert output.weight_versions == [(5, 0)]
+
+    with_server(spec, scenario)
+
+
+def test_requests_that_wait_for_weights_are_told_when_their_server_is_given_up(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        await engine.begin_broadcast(4)
+        asked = asyncio.create_task(engine.generate([request(1, 2, 3)]))
+        await asyncio.sleep(0)
+        engine.retire()
+        with pytest.raises(UpdateFailed, match="cannot generate"):
+            await asked
 
     with_server(spec, scenario)
 
