@@ -25,9 +25,7 @@ class PolicyModel(GPTModel):
         super().__init__(**options)
         self.spec = spec
         self.valid_vocab = spec.vocab_size
-        self.routes = RouteBook(
-            self.decoder, spec.moe, recomputes=self.config.recompute_granularity is not None
-        )
+        self.routes = RouteBook(self.decoder, spec.moe)
         for buffer in (self.embedding.word_embeddings.weight,) if self.pre_process else ():
             buffer.data[:] = 0  # the rows that pad the vocabulary
         if self.post_process and self.output_layer.weight is not None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router_replay import RouterReplay
 from torch import Tensor
 
@@ -102,12 +103,13 @@ class LayerReplay(Deciding):
 class RouteBook:
     """The routers of one model chunk, in layer order."""
 
-    def __init__(self, decoder: Any, moe: MoeSpec | None, recomputes: bool) -> None:
-        self.layers = [layer for layer in decoder.layers if hasattr(layer.mlp, "router")]
+    def __init__(self, decoder: Any, moe: MoeSpec | None) -> None:
+        places = [place for place, layer in enumerate(decoder.layers) if hasattr(layer.mlp, "router")]
+        self.layers = [decoder.layers[place] for place in places]
         self._replays = []
-        for index, layer in enumerate(self.layers):
+        for index, (place, layer) in enumerate(zip(places, self.layers, strict=True)):
             assert moe is not None
-            replay = LayerReplay(index, moe, recomputes)
+            replay = LayerReplay(index, moe, _runs_again(decoder.config, place))
             layer.mlp.router.router_replay = replay
             self._replays.append(replay)
         # megatron-core keeps all instances of a process in one list; policy and reference must not mix.
@@ -124,6 +126,16 @@ class RouteBook:
         for replay in self._replays:
             replay.routes, replay.trains = routes, trains
         return routes
+
+
+def _runs_again(config: TransformerConfig, place: int) -> bool:
+    """Whether activation recompute runs the router of a chunk's layer again."""
+    if config.recompute_granularity == "selective":
+        return "moe" in config.recompute_modules
+    first_layers = config.recompute_method == "block"
+    return config.recompute_granularity == "full" and (
+        not first_layers or place < config.recompute_num_layers
+    )
 
 
 class SeenRoutes:

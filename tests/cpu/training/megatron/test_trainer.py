@@ -51,6 +51,8 @@ CASES = {
     "one step, dynamic batches": SETTINGS,
     "two steps per rollout": replace(SETTINGS, num_steps_per_rollout=2),
     "every layer recomputed": replace(SETTINGS, recompute_num_layers=3),
+    "two of three layers recomputed": replace(SETTINGS, recompute_num_layers=2),
+    "attention alone recomputed": replace(SETTINGS, recompute_modules=frozenset({"core_attn"})),
     "attention and experts recomputed": replace(SETTINGS, recompute_modules=frozenset({"core_attn", "moe"})),
     "entropy, no replay, one sequence at a time": replace(
         SETTINGS,
