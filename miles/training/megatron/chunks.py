@@ -71,7 +71,9 @@ def built_draft(
     """The MTP layers without weights, frozen; None where the model has none, or not on this stage."""
     if spec.mtp is None or not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
-    config = transformer_config(spec, layout, settings, dtype)
+    # Its attention remembers each pass (`UnrolledAttention`), so it must not run again.
+    again = settings.recompute_modules - {"core_attn"}
+    config = transformer_config(spec, layout, replace(settings, recompute_modules=again), dtype)
     draft = DraftModel(spec, layout, config).to(device, dtype).requires_grad_(False)
     keep_biases_in_fp32(draft)
     fake_quantise(int4_policy(settings), draft, draft_places(draft, spec, Shard.current()))

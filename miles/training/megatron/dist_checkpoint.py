@@ -79,8 +79,11 @@ def load_dist_checkpoint(
     found = _load(directory / DIST_DIR, _state(tensors, modules, trained), tensors.spec)
     for index, module in enumerate(modules):
         module.load_state_dict(found[f"model{index}"], strict=False)
-    tensors.optimizer.reset_masters()
-    if tensors.draft is not None:
+    # Masters that were read lie where they belong by now: taken from the weights, they would be rounded.
+    with_masters = MASTER in tensors.optimizer_state()
+    if not with_masters:
+        tensors.optimizer.reset_masters()
+    if tensors.draft is not None and not (with_masters and with_draft):
         tensors.draft.reset_masters()
     with torch.no_grad(), tensors.optimizer.loading():
         for index, module in enumerate(trained):

@@ -130,6 +130,25 @@ def test_a_run_goes_on_bit_for_bit_and_on_the_other_trainer(
         assert (tensor - expected[name]).abs().float().mean() <= bound, name
 
 
+@pytest.mark.slow
+def test_a_run_in_bf16_goes_on_bit_for_bit_from_torch_dist(
+    mtp_spec: ArchSpec, make_batch: Batches, tmp_path: Path
+) -> None:
+    """The fp32 masters come back, those of the MTP layer too."""
+    first, second = make_batch(mtp_spec, seed=0), make_batch(mtp_spec, seed=1)
+    whole, again = (
+        MegatronTrainer(mtp_spec, SETTINGS, dtype=torch.bfloat16, dist_checkpoints=True) for _ in range(2)
+    )
+    whole.init_weights(0)
+    whole.train_step(first)
+    whole.save(tmp_path)
+    whole.train_step(second)
+    again.load(tmp_path)
+    again.train_step(second)
+    expected = weights_of(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.named_weights())
+
+
 def test_training_the_draft_may_begin_and_end_with_a_resume(
     mtp_spec: ArchSpec, make_batch: Batches, tmp_path: Path
 ) -> None:
