@@ -8,6 +8,7 @@ from miles.arch.spec import ArchSpec, AttentionSpec, DenseMlpSpec, MoeSpec, Rope
 
 FAMILIES = (
     "deepseek_v3",
+    "deepseek_v32",
     "gemma2",
     "gemma3",
     "gemma3_text",

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from miles.arch.spec import AttentionSpec, IndexerSpec
 
@@ -51,9 +52,60 @@ def attend_to_chosen(
         part = slice(start, start + QUERY_BLOCK)
         index = (index_q[:, :, part], index_keys, index_weights[:, :, part])
         seen = _chosen(*index, mask[:, part], spec.indexer)
-        scores = q[:, :, part] @ keys.transpose(2, 3) * spec.head_dim**-0.5 + seen.unsqueeze(1)
-        blocks.append(torch.softmax(scores, -1) @ keys)
+        blocks.append(_attended(q[:, :, part], keys, keys, seen))
     return torch.cat(blocks, 2)
+
+
+def attend_heads_to_chosen(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index_q: Tensor,
+    index_keys: Tensor,
+    index_weights: Tensor,
+    spec: IndexerSpec,
+) -> Tensor:
+    """Causal attention to the chosen from position 0 on, where every head has keys and values of its own.
+    Several blocks of queries are computed again in backward.
+
+    Args:
+        q, keys: [B, H, S, d]. values: [B, H, S, v].
+        index_q: [B, h, S, e]. index_keys: [B, S, e]. index_weights: [B, h, S].
+
+    Returns:
+        [B, H, S, v].
+    """
+    several = q.shape[2] > QUERY_BLOCK and torch.is_grad_enabled()
+    blocks: list[Tensor] = []
+    for start in range(0, q.shape[2], QUERY_BLOCK):
+        part, seen = slice(start, start + QUERY_BLOCK), slice(start + QUERY_BLOCK)
+        own = q[:, :, part], index_q[:, :, part], index_weights[:, :, part]
+        block = (*own, keys[:, :, seen], values[:, :, seen], index_keys[:, seen], spec)
+        out = checkpoint(_last_queries, *block, use_reentrant=False) if several else _last_queries(*block)
+        blocks.append(out)
+    return torch.cat(blocks, 2)
+
+
+def _last_queries(
+    q: Tensor,
+    index_q: Tensor,
+    index_weights: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    index_keys: Tensor,
+    spec: IndexerSpec,
+) -> Tensor:
+    """Queries at the last positions of as many as there are keys."""
+    rows, positions = q.shape[2], keys.shape[2]
+    ahead = torch.full((rows, positions), float("-inf"), dtype=q.dtype, device=q.device)
+    mask = ahead.triu_(positions - rows + 1).unsqueeze(0)
+    return _attended(q, keys, values, _chosen(index_q, index_keys, index_weights, mask, spec))
+
+
+def _attended(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """q [B, H, Q, d], keys [B, 1 or H, S, d], values [B, 1 or H, S, v], seen 0 or -inf, [B, Q, S]."""
+    scores = q @ keys.transpose(2, 3) * q.shape[-1] ** -0.5 + seen.unsqueeze(1)
+    return torch.softmax(scores, -1) @ values
 
 
 @torch.no_grad()

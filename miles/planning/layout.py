@@ -99,6 +99,8 @@ def layout_problems(layout: Layout, spec: ArchSpec) -> Iterator[LayoutProblem]:
     yield from _world(layout)
     yield from _tensor(layout, spec)
     yield from _pipeline(layout, spec)
+    if layout.cp > 1 and spec.has_indexer:
+        yield LayoutProblem("LAY10", f"CP {layout.cp} with an indexer, which chooses among all keys", CP)
     yield from _experts(layout, spec)
     yield from _wrong_results(layout, spec)
 

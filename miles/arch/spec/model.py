@@ -168,6 +168,11 @@ class ArchSpec:
         return all(layer.attention.is_plain for layer in self.layers)
 
     @cached_property
+    def has_indexer(self) -> bool:
+        """Whether an indexer chooses what attention sees; of some layers, or all."""
+        return any(layer.attention.indexer is not None for layer in self.layers)
+
+    @cached_property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the layers with experts. Route tensors have one column per entry, in this order."""
         return tuple(i for i, layer in enumerate(self.layers) if isinstance(layer.mlp, MoeSpec))

@@ -164,17 +164,20 @@ def vocabulary_not_divided(subject: Subject) -> Iterator[Found]:
     Severity.ERROR,
     title="this attention does not share sequences",
     cause="of Transformer Engine's kernels only the flash and the fused one pass keys and values on to the "
-    "other context-parallel ranks, and only those of layers without windows",
+    "other context-parallel ranks, and only those of layers without windows; an indexer chooses among all "
+    "keys of a sequence",
     fix="use --attention-backend flash, fused or auto, or --context-parallel-size 1",
 )
 def context_parallel_unfused(subject: Subject) -> Iterator[Found]:
     size, backend = subject.config.parallel.context_parallel_size, subject.config.training.attention_backend
     if size > 1 and backend in ("unfused", "local"):
         yield Found(f"CP {size} with attention_backend {backend}", "training.attention_backend")
+    setting, fix = "parallel.context_parallel_size", "use --context-parallel-size 1"
     windowed = subject.spec is not None and any(x.attention.window is not None for x in subject.spec.layers)
     if size > 1 and windowed and _in_transformer_engine(subject):
-        setting, fix = "parallel.context_parallel_size", "use --context-parallel-size 1"
         yield Found(f"CP {size} with windows in Transformer Engine's layers", setting, fix)
+    if size > 1 and subject.spec is not None and subject.spec.has_indexer:
+        yield Found(f"CP {size} with an indexer", setting, fix)
 
 
 @rule(

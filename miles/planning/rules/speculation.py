@@ -154,7 +154,7 @@ def guesses_under_an_indexer(subject: Subject) -> Iterator[Found]:
     if spec is None or not config.speculative.enable_mtp_training:
         return
     steps, layers = mtp_training_steps(config), config.speculative.mtp_num_layers or 1
-    if steps > layers and any(layer.attention.indexer is not None for layer in spec.layers):
+    if steps > layers and spec.has_indexer:
         yield Found(
             f"{steps} steps of {layers} MTP layers",
             "speculative.mtp_training_steps",

@@ -31,19 +31,30 @@ from miles.training.megatron.layout import MegatronLayout
 from miles.training.native.micro_batches import MicroBatch
 
 
+@dataclass(frozen=True)
+class RowIndex:
+    """Of all T rows: queries [T, h, e], keys [T, 1, e] and weights [T, h, 1] of an indexer."""
+
+    queries: Tensor
+    keys: Tensor
+    weights: Tensor
+
+
 @dataclass
 class PackedRows(PackedSeqParams):
     """The rows of a micro-batch as Megatron's layers take them.
 
     `tokens_1T` int64 [1, T], with `padding` rows at the end that make T a multiple of what the layout asks
     for. `angles_at` int64: the positions whose angles the rotation reads. `split`: with context parallelism
-    they are the rows of this rank, and padding is where it says.
+    they are the rows of this rank, and padding is where it says. `index`: on a layer's own copy, what its
+    indexer says of the rows.
     """
 
     attention: Attention | None = None
     tokens_1T: Tensor | None = None
     positions_1T: Tensor | None = None
     angles_at: Tensor | None = None
+    index: RowIndex | None = None
     padding: int = 0
     split: ContextSplit | None = None
     layers: tuple[LayerSpec, ...] = ()
@@ -96,7 +107,7 @@ def packed_rows(
         padding=padding,
         layers=spec.layers + (spec.mtp.layers if spec.mtp else ()),
     )
-    if layout.implementation == "transformer_engine":
+    if layout.implementation == "transformer_engine" and not spec.has_indexer:
         _cut_by_megatron(rows, cu_seqlens)
         return rows
     # Seen by the rotation as one sequence whose angles are given row by row.
@@ -223,13 +234,13 @@ class PackedDotProductAttention(DotProductAttention):
     ) -> Tensor:
         if spec.latent is None:
             return attention.attend(layer, query, key, value, spec)
-        spec, width = _by_head(spec), value.shape[-1]
+        spec, width = by_head(spec), value.shape[-1]
         value = F.pad(value, (0, spec.head_dim - width))
         out = attention.attend(layer, query * spec.query_factor, key, value, spec)
         return out.view(*query.shape[:2], -1)[..., :width].flatten(1)
 
 
-def _by_head(spec: AttentionSpec) -> AttentionSpec:
+def by_head(spec: AttentionSpec) -> AttentionSpec:
     """Latent attention whose keys and values are made for each head, as attention over heads."""
     assert spec.latent is not None
     return replace(spec, num_kv_heads=spec.num_heads, head_dim=spec.latent.query_dim, latent=None)

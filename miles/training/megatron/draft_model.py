@@ -80,8 +80,8 @@ class DraftModel(MegatronModule):
         """
         if len(rows) > self.num_layers and not self._goes_on:
             raise RunError(
-                "MTP layers are not taught to go on from their own guesses with sequence parallelism or "
-                "Transformer Engine",
+                "MTP layers are not taught to go on from their own guesses with sequence parallelism, "
+                "Transformer Engine or an indexer",
                 fix=f"set --mtp-training-steps {self.num_layers}",
             )
         attention = UnrolledAttention(local_attention(cu_seqlens, self.spec), cu_seqlens)
@@ -127,8 +127,11 @@ class DraftModel(MegatronModule):
 
     @property
     def _goes_on(self) -> bool:
-        """Whether rows of a deeper guess can be attended to: not where rows are cut or padded."""
-        return self.layout.implementation == "local" and not self.layout.sequence_parallel
+        """Whether rows of a deeper guess can be attended to: not where rows are cut or padded, nor where an
+        indexer would have to choose among several passes.
+        """
+        whole = self.layout.implementation == "local" and not self.layout.sequence_parallel
+        return whole and not self.spec.has_indexer
 
 
 @torch.no_grad()

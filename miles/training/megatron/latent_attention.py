@@ -27,7 +27,9 @@ class PackedLatentAttention(MLASelfAttention):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.rotary_pos_emb = RowAngles()
-        if self.config.tensor_model_parallel_size > 1:
+        # Transformer Engine's down-projections are whole on every rank.
+        cut = isinstance(self.linear_kv_down_proj, ColumnParallelLinear)
+        if cut and self.config.tensor_model_parallel_size > 1:
             assert self.config.sequence_parallel, "experts under tensor parallelism need it"
             self.linear_kv_down_proj.__class__ = WholeOutput
 

@@ -16,6 +16,7 @@ from miles.training.megatron.latent_attention import PackedLatentAttention
 from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.output_norm import with_output_norm
 from miles.training.megatron.plus_one_norm import PlusOneNorm
+from miles.training.megatron.sparse_attention import ChosenAttention, SparseLatentAttention
 from miles.training.megatron.width_norm import WidthNorm
 
 
@@ -60,9 +61,14 @@ def _take_attention(block: ModuleSpec, attention: AttentionSpec, engine: bool) -
     submodules = block.submodules
     if attention.latent is None:
         block.module = RotatedAttention
+    elif attention.indexer is not None:
+        block.module = SparseLatentAttention
     elif not engine:
         block.module = PackedLatentAttention
-    if not engine:
+    if attention.indexer is not None:
+        # Transformer Engine has no attention of this kind.
+        submodules.core_attention = ModuleSpec(module=ChosenAttention, params={"attention": attention})
+    elif not engine:
         submodules.core_attention = PackedDotProductAttention
     if attention.output_bias:
         submodules.linear_proj = BiasedRowParallelLinear

@@ -47,12 +47,12 @@ class MegatronLayout:
         return -(-vocab_size // self.tp) * self.tp
 
 
-def require_expressible(spec: ArchSpec, implementation: Implementation = "local") -> None:
-    """Raise MilesError for a model that the Megatron trainer does not carry in these layers."""
-    obstacle = megatron_obstacle(spec, engine=implementation == "transformer_engine")
+def require_expressible(spec: ArchSpec, layout: MegatronLayout | None = None) -> None:
+    """Raise MilesError for a model that the Megatron trainer does not carry in this layout."""
+    layout = layout or MegatronLayout()
+    obstacle = megatron_obstacle(spec, engine=layout.implementation == "transformer_engine")
+    fix = "use --train-backend native"
+    if not obstacle and layout.cp > 1 and spec.has_indexer:
+        obstacle, fix = "an indexer over context-parallel ranks", "use --context-parallel-size 1"
     if obstacle:
-        raise MilesError(
-            f"the Megatron trainer does not carry {obstacle}",
-            where=spec.architecture,
-            fix="use --train-backend native",
-        )
+        raise MilesError(f"the Megatron trainer does not carry {obstacle}", where=spec.architecture, fix=fix)

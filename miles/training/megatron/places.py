@@ -25,7 +25,7 @@ from miles.training.megatron.pieces import Piece, Place, Shard, columns, replica
 
 
 def places(model: PolicyModel, spec: ArchSpec, shard: Shard) -> Iterator[Place]:
-    """Every parameter of a chunk, and the biases of its routers, by its name in the chunk."""
+    """Every tensor of a chunk that `weights` gives, by its name in the chunk."""
     family = FAMILIES[spec.family]
     layers = {str(index): layer.layer_number - 1 for index, layer in enumerate(model.decoder.layers)}
     for name, parameter in weights(model):
@@ -39,13 +39,15 @@ def places(model: PolicyModel, spec: ArchSpec, shard: Shard) -> Iterator[Place]:
 
 
 def weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, and the biases of routers, which are buffers."""
+    """Parameters, and what stays as published, in buffers: the biases of routers, indexers."""
     yield from module.named_parameters()
-    yield from ((name, buffer) for name, buffer in module.named_buffers() if name.endswith(".expert_bias"))
+    for name, buffer in module.named_buffers():
+        if name.endswith(".expert_bias") or ".indexer." in name:
+            yield name, buffer
 
 
 def draft_places(model: DraftModel, spec: ArchSpec, shard: Shard) -> Iterator[Place]:
-    """Every parameter of the MTP layers, by its name in their module."""
+    """Every such tensor of the MTP layers, by its name in their module."""
     assert spec.mtp is not None
     family = FAMILIES[spec.family]
     for name, parameter in weights(model):
@@ -126,6 +128,9 @@ _LATENT_NORMS = {
 
 def _in_latent_attention(name: str, local: str, block: str, parameter: Tensor, shard: Shard) -> Place:
     local = local.removeprefix("self_attention.")
+    if local.startswith("core_attention.indexer."):
+        part, _, kind = local.removeprefix("core_attention.indexer.").rpartition(".")
+        return replicated(name, f"{block}.indexer.{part.removeprefix('linear_')}.{kind}", parameter, shard)
     if local in _LATENT_NORMS:
         return replicated(name, f"{block}.{_LATENT_NORMS[local]}", parameter, shard)
     if local == "linear_proj.weight":

@@ -82,7 +82,7 @@ class MegatronTrainer(RolloutTrainer):
         background_saves: bool = False,
     ) -> None:
         settings.validate()
-        require_expressible(spec, (layout or MegatronLayout()).implementation)
+        require_expressible(spec, layout)
         self.spec, self.settings, self.dtype, self.source_dir = spec, settings, dtype, source_dir
         self._dist_checkpoints = dist_checkpoints
         self.layout = layout or MegatronLayout()
@@ -145,7 +145,7 @@ class MegatronTrainer(RolloutTrainer):
         from miles.training.megatron.passes import Pass, PassSettings
         from miles.training.megatron.tensors import MegatronTensors
 
-        require_expressible(spec, self.layout.implementation)
+        require_expressible(spec, self.layout)
         chunks = built(spec, self.layout, self.settings, self.dtype, self.device)
         MegatronTensors(spec, chunks.bare, self.device).load(tensors, where="teacher weights")
         settings = PassSettings(

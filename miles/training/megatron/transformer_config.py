@@ -69,8 +69,7 @@ def transformer_config(
             gradient_accumulation_fusion=False,
             masked_softmax_fusion=False,
             persist_layer_norm=False,
-            # For latent attention megatron-core has the fused one with YaRN alone.
-            apply_rope_fusion=engine and (attention.latent is None or attention.rope.scaling is not None),
+            apply_rope_fusion=engine and _fuses_rotation(attention),
             bias_dropout_fusion=False,
             mtp_num_layers=spec.mtp_num_layers or None,
             **_windows(spec),
@@ -87,6 +86,13 @@ def _left_alone(weight: Tensor) -> Tensor:
 
 def _norms_queries(attention: AttentionSpec) -> bool:
     return attention.latent is not None or (attention.qk_norm and attention.qk_norm_over == "head")
+
+
+def _fuses_rotation(attention: AttentionSpec) -> bool:
+    """For latent attention megatron-core has the fused one with YaRN alone; with an indexer, angles are given
+    row by row.
+    """
+    return attention.latent is None or (attention.rope.scaling is not None and attention.indexer is None)
 
 
 def _windows(spec: ArchSpec) -> dict[str, Any]:

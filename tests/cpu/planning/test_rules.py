@@ -861,6 +861,16 @@ def test_windows_in_transformer_engine_are_not_shared_over_ranks() -> None:
     assert not found_on_gpus("--context-parallel-size 2 --transformer-impl local", "LAY10")
 
 
+def test_keys_that_an_indexer_chooses_are_not_shared_over_ranks() -> None:
+    """LAY10: it chooses among all keys of a sequence."""
+    flags = "--model-name deepseek-v3.2 --context-parallel-size 2"
+    for more in ("", "--transformer-impl local"):
+        ((what, fix),) = found_on_gpus(f"{flags} {more}", "LAY10")
+        assert "an indexer" in what and fix == "use --context-parallel-size 1"
+    assert not found_on_gpus("--model-name deepseek-v3.2", "LAY10")
+    assert not found_on_gpus("--model-name deepseek-v3 --context-parallel-size 2", "LAY10")
+
+
 def test_a_builtin_checkpoint_gets_its_mtp_layers_on_request() -> None:
     run = "--sglang-speculative-algorithm EAGLE"
 

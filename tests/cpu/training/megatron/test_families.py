@@ -38,6 +38,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 6}
     | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}
     | SHARED,
+    "deepseek_v32": {"architectures": ["DeepseekV32ForCausalLM"], "num_key_value_heads": 4, "q_lora_rank": 12}
+    | {"kv_lora_rank": 10, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 6}
+    | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1}
+    | {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 13}
+    | SHARED,
     "gemma2": {"architectures": ["Gemma2ForCausalLM"], "layer_types": ["sliding_attention", "full_attention"]}
     | {"sliding_window": 4, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0}
     | {"query_pre_attn_scalar": 7},
@@ -97,19 +102,56 @@ def test_stacked_experts_in_int4_equal_the_native_trainers(make_batch: Callable[
     assert ours["precision/weight_error/layer_1"] > 0
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "deepseek_v3", "deepseek_v32"])
 @pytest.mark.parametrize(
     "again", [{"recompute_num_layers": 2}, {"recompute_modules": frozenset({"core_attn", "mlp"})}]
 )
-def test_layers_with_windows_run_again_in_backward(
-    again: dict[str, Any], make_batch: Callable[..., TrainBatch]
+def test_layers_with_windows_or_an_indexer_run_again_in_backward(
+    again: dict[str, Any], name: str, make_batch: Callable[..., TrainBatch]
 ) -> None:
-    spec = family_spec("gemma3_text")
+    spec = family_spec(name)
     batch, norms = make_batch(spec, noise=0.3), []
     for more in ({}, again):
         trainer = MegatronTrainer(spec, replace(settings_of(spec), **more))
         trainer.init_weights(0)
         norms.append(trainer.train_step(batch).metrics["train/grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "dist_checkpoints", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["by name", "torch_dist"]
+)
+def test_indexers_stay_as_published_and_a_run_goes_on_bit_for_bit(
+    dist_checkpoints: bool, tmp_path: Path, make_batch: Callable[..., TrainBatch]
+) -> None:
+    """In bf16; that of the MTP layer too, which is trained along."""
+    spec = family_spec("deepseek_v32")
+    first, second = (make_batch(spec, seed=seed, noise=0.3) for seed in range(2))
+    settings = replace(settings_of(spec), optimizer=OptimizerSettings(lr=2e-3, weight_decay=0.5))
+
+    def trainer() -> MegatronTrainer:
+        return MegatronTrainer(spec, settings, dtype=torch.bfloat16, dist_checkpoints=dist_checkpoints)
+
+    def weights() -> dict[str, torch.Tensor]:
+        return {key: tensor.clone() for key, tensor in whole.named_weights()}
+
+    whole = trainer()
+    whole.init_weights(0)
+    before = weights()
+    whole.train_step(first)
+    whole.save(tmp_path)
+    whole.train_step(second)
+    after = weights()
+    indexers = [key for key in after if ".indexer." in key]
+    assert len(indexers) == 5 * (spec.num_layers + spec.mtp_num_layers)
+    assert all(torch.equal(after[key], before[key]) for key in indexers)
+    assert not torch.equal(after["model.layers.2.eh_proj.weight"], before["model.layers.2.eh_proj.weight"])
+
+    whole = trainer()
+    whole.init_weights(1)
+    whole.load(tmp_path)
+    whole.train_step(second)
+    assert [key for key, tensor in weights().items() if not torch.equal(tensor, after[key])] == []
 
 
 @pytest.mark.slow

@@ -111,6 +111,12 @@ CASES |= {
     | LATENT
     | SHARED,
 }
+CASES["deepseek v3.2, an indexer of six keys"] = CASES["deepseek v3, yarn"] | {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_topk": 6,
+    "index_head_dim": 10,
+    "index_n_heads": 13,
+}
 MADE: dict[str, dict[str, Any]] = {
     "gemma2": {},
     "gemma3_text": {},
@@ -253,7 +259,8 @@ def test_mtp_layers_of_another_kind_than_the_last_layer_are_refused_by_name() ->
         ("llama-4-scout-17b-16e", "transformer_engine", "chunked attention in Transformer Engine's layers"),
         ("llama-4-scout-17b-16e", "local", ""),
         ("gemma-3n-e4b", "local", "a model of the family gemma3n"),
-        ("deepseek-v3.2", "local", "a model of the family deepseek_v32"),
+        ("deepseek-v3.2", "local", ""),
+        ("deepseek-v3.2", "transformer_engine", ""),
         ("gemma-2-9b", "transformer_engine", "soft-capped attention in Transformer Engine's layers"),
         ("gemma-2-9b", "local", ""),
         ("gemma-3-12b", "transformer_engine", ""),
@@ -262,7 +269,13 @@ def test_mtp_layers_of_another_kind_than_the_last_layer_are_refused_by_name() ->
 def test_what_is_not_carried_is_named(model: str, implementation: Implementation, what: str) -> None:
     expected = pytest.raises(MilesError, match=f"does not carry {what}") if what else nullcontext()
     with expected:
-        require_expressible(shipped_spec(model), implementation)
+        require_expressible(shipped_spec(model), MegatronLayout(implementation=implementation))
+
+
+def test_an_indexer_is_not_shared_over_context_parallel_ranks() -> None:
+    require_expressible(shipped_spec("deepseek-v3"), MegatronLayout(cp=2))
+    with pytest.raises(MilesError, match="does not carry an indexer over context-parallel ranks"):
+        require_expressible(shipped_spec("deepseek-v3.2"), MegatronLayout(cp=2))
 
 
 def test_a_dense_model_computes_as_ever_where_preflight_refuses_fp8() -> None:
