@@ -96,6 +96,8 @@ class Sample:
     remove_sample: bool = False
     """Keep the sample in reward normalisation but take all of its tokens out of the loss."""
     status: SampleStatus = SampleStatus.PENDING
+    stop_string: str | None = None
+    """What ended the last turn, where a stop string did and no stop token; its tokens are in the response."""
     metadata: dict[str, Any] = field(default_factory=dict)
     rollout_log_probs: np.ndarray | None = None
     """float32 [response_length], at the sampling temperature; NaN where the token was not sampled."""

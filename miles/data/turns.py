@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from miles.data.sample import Sample
+from miles.data.sample import Sample, SampleStatus
 from miles.errors import DataError
 
 
@@ -89,6 +89,13 @@ def last_turn(sample: Sample) -> list[int]:
     unsampled = np.flatnonzero(_unsampled(sample))
     first = int(unsampled[-1]) + 1 if len(unsampled) else 0
     return sample.tokens[sample.prompt_length + first :]
+
+
+def spoken(sample: Sample, ids: list[int]) -> list[int]:
+    """What the last ids of the sample say: a stop token that ended it says nothing itself, the tokens of a
+    stop string do."""
+    by_token = sample.status is SampleStatus.COMPLETED and sample.stop_string is None
+    return ids[:-1] if by_token else ids
 
 
 def _log_probs(sample: Sample) -> np.ndarray:

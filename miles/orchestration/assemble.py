@@ -224,6 +224,7 @@ def generation_settings(config: RunConfig, plan: Plan, stop_token_ids: tuple[int
         top_p=rollout.rollout_top_p,
         top_k=rollout.rollout_top_k,
         stop_token_ids=stop_token_ids,
+        stop=rollout.rollout_stop,
     )
     return GenerationSettings(
         sampling=sampling,
@@ -317,6 +318,7 @@ def _evaluation_set(
             top_p=top_p,
             top_k=top_k,
             stop_token_ids=stop_token_ids,
+            stop=rollout.rollout_stop,
             min_new_tokens=held_out.eval_min_new_tokens,
         )
         limit = held_out.eval_max_context_len or plan.max_context_len

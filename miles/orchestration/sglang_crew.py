@@ -114,9 +114,14 @@ def make_server(
     http = HttpClient(address if process is None else process.url)  # type: ignore[arg-type]
     engine = SglangEngine(http, spec, assemble.sglang_settings(job.resolved.config, job.plan))
     config = job.resolved.config
-    speculative = config.sglang.speculative_algorithm is not None
-    sync = config.weight_sync
-    return ServedEngine(name, engine, process, speculative, sync.update_weight_delta)
+    return ServedEngine(
+        name,
+        engine,
+        process,
+        speculative=config.sglang.speculative_algorithm is not None,
+        delta=config.weight_sync.update_weight_delta,
+        stop=config.rollout.rollout_stop,
+    )
 
 
 def start_server(job: Job, name: str, rank: int, gpus: SharedGpus) -> ServerProcess:

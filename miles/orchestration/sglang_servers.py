@@ -72,7 +72,7 @@ class ServedEngine:
     """One server behind `engine_pool.RemoteEngine`: losses of it as WorkerLost, weights checked and loaded.
 
     `process`: the server, where this process started it. `delta`: what it was given last does not travel
-    again.
+    again. `stop`: the stop strings that it has to take.
     """
 
     def __init__(
@@ -82,9 +82,10 @@ class ServedEngine:
         process: ServerProcess | None,
         speculative: bool = False,
         delta: bool = False,
+        stop: tuple[str, ...] = (),
     ) -> None:
         self.name, self.engine, self.process = name, engine, process
-        self._speculative = speculative
+        self._speculative, self._stop = speculative, stop
         self._meeting: Meeting | None = None
         """Of the group that it is in."""
         self._delta = delta
@@ -149,7 +150,7 @@ class ServedEngine:
     async def _prove(self, version: int) -> None:
         """What the server can do, before the first request."""
         if not self._probed:
-            await self._asked(probe(self.engine, version, self._speculative))
+            await self._asked(probe(self.engine, version, self._speculative, self._stop))
             self._probed = True
 
     async def _receive(self, packet: TensorPacket) -> None:

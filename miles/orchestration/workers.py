@@ -116,8 +116,12 @@ def _megatron(
 def build_engine(job: Job, spec: ArchSpec) -> NativeEngine:
     """An engine without weights."""
     numerics = assemble.numerics(job.plan, spec)
-    library = decode_library(job.plan)
-    return NativeEngine(spec, assemble.engine_settings(job.resolved.config, job.plan, numerics, library))
+    library, config = decode_library(job.plan), job.resolved.config
+    settings = assemble.engine_settings(config, job.plan, numerics, library)
+    # A generation function may ask for stop strings in a turn of its own.
+    asked = config.rollout.rollout_stop or config.rollout.custom_generate_function_path
+    decode = assemble.load_tokenizer(config, job.source.directory).decode if asked else None
+    return NativeEngine(spec, settings, decode)
 
 
 def watch_gap(job: Job, trainer: AnyTrainer, engine: NativeEngine | None) -> None:

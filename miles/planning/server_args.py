@@ -28,8 +28,8 @@ def plan_server_args(
         "dtype": SERVER_DTYPES.get(rollout_format, "auto"),
         "context_length": limits.context + CONTEXT_ROOM,
         "random_seed": rollout.rollout_seed,
-        # Token ids go in and come out: no tokenizer works in the server.
-        "skip_tokenizer_init": True,
+        # Token ids go in and come out. A server reads text for stop strings, and looks up ids for a minimum.
+        "skip_tokenizer_init": not (rollout.rollout_stop or config.eval.eval_min_new_tokens),
         "enable_metrics": True,
     }
     if replay:

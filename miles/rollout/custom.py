@@ -95,6 +95,9 @@ class GenerateArgs:
     def _for_turn(self, sample: Sample, changes: Mapping[str, Any]) -> GenerationSettings:
         """The settings under which `request_for` counts over the whole response."""
         own = self._settings.sampling
+        if "stop" in changes:
+            stop = changes["stop"] or ()
+            changes = {**changes, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
         unknown = set(changes) - set(asdict(own))
         if unknown:
             raise HookError(

@@ -40,7 +40,10 @@ class SamplingParams:
             (SGLang's "joint" order): a token must pass both.
         stop_token_ids: the response ends with reason "stop" after one of these, and only these: an
             end-of-sequence id of the model has to be among them to stop anything.
-        min_new_tokens: stop ids are not sampled before this many tokens exist.
+        stop: the response ends with reason "stop" at the first token after which its text, special tokens
+            included, contains one of these; the tokens stay.
+        min_new_tokens: stop ids are not sampled before this many tokens exist; a stop string ends a response
+            at any length.
     """
 
     max_new_tokens: int
@@ -48,6 +51,7 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = -1
     stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
     min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -62,6 +66,7 @@ class SamplingParams:
                 "between 0 and max_new_tokens",
             ),
             (all(token >= 0 for token in self.stop_token_ids), "stop_token_ids", "token ids (>= 0)"),
+            (isinstance(self.stop, tuple) and all(self.stop), "stop", "a tuple of texts, none of them empty"),
         )
         for holds, name, rule in rules:
             if not holds:
@@ -83,6 +88,8 @@ class GenerateRequest:
         group: requests with the same group and the same input_ids share one prefill. None: never shared.
         return_routed_experts: ask for the expert ids of every MoE layer.
         speculative_num_steps: tokens to guess in a row at most (0: plain decoding). None: as the engine does.
+        response_so_far: how many of the last input_ids are the beginning of the response itself, where one
+            that was cut off goes on: a stop string may have begun in them.
     """
 
     input_ids: Sequence[int]
@@ -91,6 +98,7 @@ class GenerateRequest:
     group: int | None = None
     return_routed_experts: bool = True
     speculative_num_steps: int | None = None
+    response_so_far: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +117,7 @@ class GenerateOutput:
             last span with first index <= i. Empty when there is no output.
         cached_tokens: prompt tokens whose keys and values were not computed for this request.
         spec_info: counters of speculative decoding; None without it.
+        stop_string: the one that ended the response; None where a stop id did, or nothing.
     """
 
     output_ids: list[int]
@@ -118,6 +127,7 @@ class GenerateOutput:
     weight_versions: list[WeightSpan]
     cached_tokens: int
     spec_info: SpecInfo | None = None
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from miles.data.sample import Sample, SampleStatus, SpecInfo, validate_samples
-from miles.data.turns import Reading, continued, without_loss_so_far
+from miles.data.turns import Reading, continued, last_turn, spoken, without_loss_so_far
 from miles.rollout.engine import (
     FinishReason,
     GenerateOutput,
@@ -132,6 +132,7 @@ def request_for(
         group=sample.group_index,
         return_routed_experts=settings.return_routed_experts,
         speculative_num_steps=settings.speculative_num_steps,
+        response_so_far=len(last_turn(sample)) if sample.status is SampleStatus.ABORTED else 0,
     )
 
 
@@ -154,17 +155,11 @@ def _filled(
             weight_versions=output.weight_versions,
         ),
     )
-    filled.response = detokenize(_spoken(filled, output.finish_reason))
-    filled.status = STATUS_OF[output.finish_reason]
+    filled.status, filled.stop_string = STATUS_OF[output.finish_reason], output.stop_string
+    filled.response = detokenize(spoken(filled, filled.tokens[filled.prompt_length :]))
     filled.sampling = sampling
     if sample.cached_tokens is None:
         filled.cached_tokens = output.cached_tokens
     if output.spec_info is not None:
         filled.spec_info = (sample.spec_info or SpecInfo()).plus(output.spec_info)
     return filled
-
-
-def _spoken(sample: Sample, reason: FinishReason) -> list[int]:
-    """The ids of the response text: the token that ended the response says nothing itself."""
-    response = sample.tokens[sample.prompt_length :]
-    return response[:-1] if reason == "stop" else response

@@ -18,7 +18,7 @@ from typing import Any
 
 from miles.data.hooks import HookError, call_hook, hook_name, hook_place
 from miles.data.sample import Sample, SampleStatus
-from miles.data.turns import last_turn, tool_outputs
+from miles.data.turns import last_turn, spoken, tool_outputs
 from miles.rollout.custom import GenerateArgs
 
 Tool = Callable[[str], Awaitable[str | None] | str | None]
@@ -38,7 +38,7 @@ def tool_turns(tool: Tool, max_outputs: int) -> Turns:
             if sample.status is not SampleStatus.COMPLETED or tool_outputs(sample) >= max_outputs:
                 return sample
             started = time.perf_counter()
-            answer = await call_hook(tool, args.decode(last_turn(sample)[:-1]))
+            answer = await call_hook(tool, args.decode(spoken(sample, last_turn(sample))))
             sample.non_generation_time += time.perf_counter() - started
             if answer is None:
                 return sample

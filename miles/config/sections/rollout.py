@@ -84,7 +84,8 @@ class RolloutSection(Section):
     """Most tokens of prompt and response together."""
 
     rollout_stop: Strings = ()
-    """Strings that end a response."""
+    """Strings that end a response: at the first token after which its text, special tokens included, contains
+    one of them. The tokens stay in the response."""
 
     rollout_stop_token_ids: Integers = ()
     """Token ids that end a response, beside the checkpoint's own."""

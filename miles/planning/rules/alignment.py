@@ -248,3 +248,28 @@ def turn_end_not_stop(subject: Subject) -> Iterator[Found]:
             "rollout.rollout_stop_token_ids",
             f"add --rollout-stop-token-ids {end[0]}",
         )
+
+
+@rule(
+    "STP3",
+    Severity.ERROR,
+    title="an empty stop string",
+    cause="every text contains it, so every response would end at its first token",
+    fix="leave it out of --rollout-stop",
+)
+def empty_stop_string(subject: Subject) -> Iterator[Found]:
+    if "" in subject.config.rollout.rollout_stop:
+        yield Found("rollout_stop holds an empty string", "rollout.rollout_stop")
+
+
+@rule(
+    "STP4",
+    Severity.WARNING,
+    title="a stop string that is spelled, not meant",
+    cause="a shell hands a backslash and a letter over as they are; a line end or a tab is another character",
+    fix="in a shell --rollout-stop $'\\n'; in the run file rollout_stop = [\"\\n\"]",
+)
+def spelled_line_end(subject: Subject) -> Iterator[Found]:
+    for stop in subject.config.rollout.rollout_stop:
+        if stop and not stop.replace("\\n", "").replace("\\r", "").replace("\\t", ""):
+            yield Found(f"{stop!r} is {len(stop)} characters, backslashes among them", "rollout.rollout_stop")

@@ -154,11 +154,13 @@ def name_unknown(subject: Subject) -> Iterator[Found]:
     title="no stop token",
     cause="neither config.json nor generation_config.json names an end-of-sequence token, so every response "
     "runs to its limit and is never rewarded for ending",
-    fix="set --rollout-stop-token-ids, or eos_token_id in config.json",
+    fix="set --rollout-stop-token-ids or --rollout-stop, or eos_token_id in config.json",
 )
 def stop_token_missing(subject: Subject) -> Iterator[Found]:
-    spec = subject.facts.checkpoint.spec
-    if spec is not None and not spec.eos_token_ids and not subject.config.rollout.rollout_stop_token_ids:
+    spec, config = subject.facts.checkpoint.spec, subject.config
+    # Demonstrations end with a token.
+    by_text = bool(config.rollout.rollout_stop) and config.algorithm.loss_type != "sft_loss"
+    if spec is not None and not (spec.eos_token_ids or config.rollout.rollout_stop_token_ids or by_text):
         yield Found(f"{subject.facts.checkpoint.name} has no eos_token_id", SETTING)
 
 

@@ -125,6 +125,23 @@ def guesses_without_cuda(subject: Subject) -> Iterator[Found]:
         )
 
 
+@rule(
+    "SRV6",
+    Severity.ERROR,
+    title="stop strings, and a server without a tokenizer",
+    cause="SGLang looks for stop strings, and for the ids that a minimal length forbids, with its tokenizer",
+    fix="leave skip_tokenizer_init out",
+)
+def nothing_to_read_with(subject: Subject) -> Iterator[Found]:
+    config = subject.config
+    if config.rollout.backend != "sglang" or not config.sglang.server_args().get("skip_tokenizer_init"):
+        return
+    if config.rollout.rollout_stop:
+        yield Found("rollout_stop with skip_tokenizer_init", "rollout.rollout_stop")
+    if config.eval.eval_min_new_tokens:
+        yield Found("eval_min_new_tokens with skip_tokenizer_init", "eval.eval_min_new_tokens")
+
+
 _INSTEAD = {
     "context_length": "use --rollout-max-context-len",
     "host": "attach to servers that you started: --rollout-external-engine-addrs http://host:port",

@@ -23,6 +23,7 @@ from miles.rollout.native.sampler import SamplingRows, sample
 from miles.rollout.native.scheduler import Admission, Scheduler, Ticket
 from miles.rollout.native.slots import Slots
 from miles.rollout.native.speculate import Speculation, speculate
+from miles.rollout.native.stop_strings import Decode, StopStrings
 
 Finished = tuple[Ticket, GenerateOutput]
 
@@ -59,6 +60,7 @@ class ContinuousBatch:
         max_total_tokens: int,
         seed: int,
         speculation: SpeculationSettings | None = None,
+        decode: Decode | None = None,
     ) -> None:
         spec = runner.spec
         routes_shape = (len(spec.moe_layers), spec.top_k) if spec.is_moe else None
@@ -67,10 +69,11 @@ class ContinuousBatch:
         self._returns_memory = max_total_tokens < max_running * context_length
         num_depths = 0 if speculation is None else speculation.num_steps
         self.slots = Slots(max_running, context_length, routes_shape, runner.device, num_depths)
+        self.stop_strings = StopStrings(self.scheduler, self.slots, decode)
         self.speculation: Speculation | None = None
         if speculation is not None:
             assert isinstance(runner, Runner), "the decode kernel guesses nothing"
-            self.speculation = speculate(runner, self.slots, speculation)
+            self.speculation = speculate(runner, self.slots, self.stop_strings, speculation)
         self.counters = Counters()
         self.version = 0
         self._seed = seed
@@ -118,6 +121,7 @@ class ContinuousBatch:
         """Forget every request, after a failure that left them half way."""
         self.scheduler.waiting.clear()
         self.scheduler.running.clear()
+        self.stop_strings.forget()
         self.flush()
 
     def cached_positions(self) -> int:
@@ -154,6 +158,7 @@ class ContinuousBatch:
         tickets = [ticket for admission in admissions for ticket in admission.tickets]
         self.slots.enter(first, tickets, self._seed)
         self._rows = None
+        self.stop_strings.forget()
         ends = self._read_prompts(admissions)
         self._copy_prompts(admissions)
         for admission, end in zip(admissions, ends, strict=True):
@@ -242,12 +247,13 @@ class ContinuousBatch:
         somebody does, and a single step when another may come in.
         """
         most_steps = 1 if self.scheduler.may_admit() else MOST_STEPS
-        before = int(self.slots.lengths[:running].sum())
+        before_N = self.slots.lengths[:running].clone()
         steps, done_N = runner.advance(self.slots, running, most_steps, not self.scheduler.waiting)
         if steps < 0:
             self._refuse_non_finite(-1 - steps)
         self.counters.steps += steps - 1
-        self.counters.generated += int(self.slots.lengths[:running].sum()) - before
+        counts_N, done_N = self.stop_strings.cut(0, self.slots.lengths[:running] - before_N, done_N)
+        self.counters.generated += int(counts_N.sum())
         return self._finish(done_N.nonzero().squeeze(1).tolist())
 
     def _speculate(self, speculation: Speculation, running: int) -> list[Finished]:
@@ -265,6 +271,7 @@ class ContinuousBatch:
         ids_N, log_probs_N = sample(logits_NV, rows, positions_N, self.runner.numerics.log_softmax)
         self._check_finite(first, log_probs_N)
         done_N = self.slots.append(first, ids_N, log_probs_N)
+        _, done_N = self.stop_strings.cut(first, torch.ones_like(ids_N), done_N)
         self.counters.generated += len(ids_N)
         if self.speculation is not None:
             self.speculation.draft.grew(first, torch.ones_like(ids_N), hidden_N1D)
@@ -300,6 +307,7 @@ class ContinuousBatch:
         elif moves:
             self._move(moves)
         self._rows = None
+        self.stop_strings.forget()
         return finished
 
     def _move(self, moves: Sequence[tuple[int, int]]) -> None:
@@ -350,7 +358,8 @@ def _output(
     """The answer of a request from what its slot held."""
     start = ticket.prompt_length
     output_ids = tokens[start:]
-    stopped = output_ids[-1] in ticket.request.sampling.stop_token_ids
+    by_id = output_ids[-1] in ticket.request.sampling.stop_token_ids
+    stopped = by_id or ticket.stop_string is not None
     reason: FinishReason = "abort" if aborted else "stop" if stopped else "length"
     wanted = ticket.request.return_routed_experts and routes is not None
     return GenerateOutput(
@@ -361,6 +370,7 @@ def _output(
         weight_versions=_spans(ticket, len(output_ids)),
         cached_tokens=ticket.cached_tokens,
         spec_info=spec_info,
+        stop_string=None if by_id else ticket.stop_string,
     )
 
 

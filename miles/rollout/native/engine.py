@@ -32,6 +32,7 @@ from miles.rollout.native.fused.runner import FusedRunner
 from miles.rollout.native.rescore import rescore
 from miles.rollout.native.runner import Runner
 from miles.rollout.native.scheduler import Ticket, prefix_key
+from miles.rollout.native.stop_strings import Decode
 from miles.weights.draft_checkpoint import load_draft
 from miles.weights.held_weights import HeldWeights
 from miles.weights.native_map import load_published
@@ -112,7 +113,8 @@ class NativeEngine:
     ready runs between two steps. So a weight change never meets a step half way.
     """
 
-    def __init__(self, spec: ArchSpec, settings: EngineSettings) -> None:
+    def __init__(self, spec: ArchSpec, settings: EngineSettings, decode: Decode | None = None) -> None:
+        """`decode`: ids to text, special tokens included; without it no request may have stop strings."""
         if settings.max_context_len > spec.max_position_embeddings:
             raise ConfigError(
                 MilesError(
@@ -121,7 +123,7 @@ class NativeEngine:
                     fix=f"--rollout-max-context-len {spec.max_position_embeddings}",
                 )
             )
-        self.spec, self.settings = spec, settings
+        self.spec, self.settings, self._decode = spec, settings, decode
         self._most_tokens = min(settings.max_context_len, settings.total_tokens)
         self._runner = _make_runner(spec, settings)
         self._external_draft = self._load_draft()
@@ -134,6 +136,7 @@ class NativeEngine:
             settings.total_tokens,
             settings.seed,
             settings.speculation,
+            decode,
         )
         self._own: tuple[Decoder, MtpDraft | None] | None = None
         self.held: HeldWeights | None = None
@@ -305,9 +308,17 @@ class NativeEngine:
         prompt, params, vocab = request.input_ids, request.sampling, self.spec.vocab_size
         total = len(prompt) + params.max_new_tokens
         known = _all_below(prompt, vocab) and _all_below(params.stop_token_ids, vocab)
-        if prompt and known and total <= self._most_tokens:
+        readable = self._decode is not None or not params.stop
+        if prompt and known and total <= self._most_tokens and readable:
             return
         where = f"request with sample key {request.sample_key}"
+        if not readable:
+            raise RequestRefused(
+                f"stop = {list(params.stop)!r}",
+                where=where,
+                why="the engine was made without a tokenizer to find it with",
+                fix="--rollout-stop, for all turns",
+            )
         if not prompt:
             raise RequestRefused("an empty prompt", where=where, why="the first token needs one before it")
         if total > self.settings.max_context_len:

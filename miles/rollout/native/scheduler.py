@@ -19,7 +19,8 @@ PrefixKey = tuple[int, tuple[int, ...]]
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request on its way through the engine. `owner` and `index` say whose answer it is."""
+    """One request on its way through the engine. `owner` and `index` say whose answer it is; `stop_string` is
+    what ended the response, where a text did."""
 
     request: GenerateRequest
     owner: object
@@ -27,6 +28,7 @@ class Ticket:
     prefix: PrefixKey | None
     weight_versions: list[WeightSpan] = field(default_factory=list)
     cached_tokens: int = 0
+    stop_string: str | None = None
 
     @property
     def prompt_length(self) -> int:

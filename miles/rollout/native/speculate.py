@@ -26,6 +26,7 @@ from miles.rollout.native.ngram import NgramDraft
 from miles.rollout.native.runner import Runner
 from miles.rollout.native.sampler import SamplingRows, distribution, draw, sample
 from miles.rollout.native.slots import Slots
+from miles.rollout.native.stop_strings import StopStrings
 from miles.rollout.native.verify import Verdict, matching, rejection
 
 
@@ -43,8 +44,16 @@ class Grown:
 class Speculation:
     """One step of decoding for a batch, several tokens at a time."""
 
-    def __init__(self, runner: Runner, slots: Slots, settings: SpeculationSettings, draft: Draft) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        slots: Slots,
+        stop_strings: StopStrings,
+        settings: SpeculationSettings,
+        draft: Draft,
+    ) -> None:
         self.settings, self.draft = settings, draft
+        self._stop_strings = stop_strings
         self.break_even = BreakEven()
         self._runner, self._slots = runner, slots
         # Processor time where the processor does the work: other programs of the machine do not count.
@@ -82,7 +91,7 @@ class Speculation:
         slots = self._slots
         ids, log_probs = self._decode(running, rows, keep_routes=True)
         counts = torch.ones_like(ids)
-        done = slots.append(0, ids, log_probs)
+        counts, done = self._stop_strings.cut(0, counts, slots.append(0, ids, log_probs))
         slots.count_speculation(*(torch.zeros_like(ids),) * 3)
         self.draft.grew(0, counts, None)
         return Grown(ids[:, None], log_probs[:, None], counts, done)
@@ -156,11 +165,12 @@ class Speculation:
             cache.move_rows(cache.rows(slot, prefix + node[moved]), cache.rows(slot, prefix + depth[moved]))
 
     def _store(self, verdict: Verdict, proposal: Proposal, read: Tensor | None) -> Grown:
-        """Append what stands up to the first stop id, and count."""
+        """Append what stands up to the first stop id or stop string, and count."""
         slots = self._slots
         standing = verdict.counts - 1
         counts, done = slots.append_run(verdict.ids, verdict.log_probs, verdict.counts)
-        # The last token of a run is the policy's own, unless a guessed stop id ended the run before it.
+        counts, done = self._stop_strings.cut(0, counts, done)
+        # The last token of a run is the policy's own, unless a guess ended the response before it.
         accepted = torch.minimum(standing, counts)
         tried = accepted + (verdict.fell & (counts > standing))
         slots.count_speculation(proposal.valid.sum(1), accepted, tried)
@@ -168,11 +178,13 @@ class Speculation:
         return Grown(verdict.ids, verdict.log_probs, counts, done)
 
 
-def speculate(runner: Runner, slots: Slots, settings: SpeculationSettings) -> Speculation:
+def speculate(
+    runner: Runner, slots: Slots, stop_strings: StopStrings, settings: SpeculationSettings
+) -> Speculation:
     """Speculative decoding with the draft that the settings name."""
     draft: Draft
     if settings.algorithm == "NGRAM":
         draft = NgramDraft(slots, settings.eagle_topk, settings.num_draft_tokens - 1)
     else:
         draft = ModelDraft(runner, slots, settings)
-    return Speculation(runner, slots, settings, draft)
+    return Speculation(runner, slots, stop_strings, settings, draft)

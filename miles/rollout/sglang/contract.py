@@ -73,6 +73,8 @@ def sampling_body(sampling: SamplingParams, seed: int | None = None) -> dict[str
     }
     if sampling.min_new_tokens:
         body["min_new_tokens"] = sampling.min_new_tokens
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
     if sampling.stop_token_ids:
         body["stop_token_ids"] = list(sampling.stop_token_ids)
     else:
@@ -115,7 +117,15 @@ def read_answer(
         weight_versions=_spans(meta, version) if output_ids else [],
         cached_tokens=int(meta.get("cached_tokens") or 0),
         spec_info=_spec_info(meta),
+        stop_string=_stop_string(request.sampling, meta, output_ids),
     )
+
+
+def _stop_string(sampling: SamplingParams, meta: Mapping[str, Any], output_ids: list[int]) -> str | None:
+    """The text that ended the response. A server names it before a stop id that says the same."""
+    matched = meta["finish_reason"].get("matched")
+    by_id = bool(output_ids) and output_ids[-1] in sampling.stop_token_ids
+    return matched if isinstance(matched, str) and matched in sampling.stop and not by_id else None
 
 
 def _routes(meta: Mapping[str, Any], shape: RouteShape, rows: int) -> np.ndarray | None:

@@ -14,8 +14,11 @@ PROMPT = (0, 1, 2)
 NEW_TOKENS = 4
 
 
-async def probe(engine: SglangEngine, version: int, speculative: bool = False) -> None:
-    """Prove log-probs, routes, the stop token, the weight version and, where it guesses, its counters.
+async def probe(
+    engine: SglangEngine, version: int, speculative: bool = False, stop: tuple[str, ...] = ()
+) -> None:
+    """Prove log-probs, routes, the stop token, the weight version, that it takes these stop strings, and
+    where it guesses, its counters.
 
     Raises: Unavailable, naming what the server cannot do and how to mend it.
     """
@@ -35,6 +38,8 @@ async def probe(engine: SglangEngine, version: int, speculative: bool = False) -
         raise _cannot(
             engine, f"told to stop at token {first} it gave {stopped.output_ids} ({stopped.finish_reason})"
         )
+    if stop:
+        await _ask(engine, SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0.0, stop=stop))
 
 
 def _require_answer(engine: SglangEngine, output: GenerateOutput, length: int) -> None:

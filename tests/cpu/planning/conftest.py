@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 
 import pytest
@@ -68,6 +69,6 @@ def resolved() -> Callable[..., ResolvedConfig]:
         words = GOOD_FLAGS.split()
         for flag in without.split():
             del words[words.index(flag) : words.index(flag) + 2]
-        return resolve(flags=parse_flags([*words, *flags.split()]))
+        return resolve(flags=parse_flags([*words, *shlex.split(flags)]))
 
     return make

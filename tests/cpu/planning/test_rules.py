@@ -213,6 +213,8 @@ CASES: dict[str, tuple[Case, Case]] = {
             facts=checkpoint(turn_end=(54, "<|im_end|>")),
         ),
     ),
+    "STP3": (Case("--rollout-stop END ''"), Case("--rollout-stop END")),
+    "STP4": (Case(r"--rollout-stop END '\n'"), Case(r"--rollout-stop '\nabla' 'x\n'")),
     "DAT1": (Case(facts=prompts(exists=False, problem="no such prompt file")), Case()),
     "DAT2": (Case(facts=prompts(problem="line 1: not JSON")), Case(facts=prompts(exists=False))),
     "DAT3": (
@@ -370,8 +372,8 @@ CASES: dict[str, tuple[Case, Case]] = {
         ),
     ),
     "ENV6": (
-        scaled('--train-env-vars {"CUDA_DEVICE_MAX_CONNECTIONS":"8"}'),
-        scaled('--train-env-vars {"CUDA_DEVICE_MAX_CONNECTIONS":"1"}'),
+        scaled("""--train-env-vars '{"CUDA_DEVICE_MAX_CONNECTIONS":"8"}'"""),
+        scaled("""--train-env-vars '{"CUDA_DEVICE_MAX_CONNECTIONS":"1"}'"""),
     ),
     "SHM1": (
         Case("--executor ray", facts=machine(shared_memory_bytes=64 * MIB)),
@@ -729,6 +731,10 @@ CASES: dict[str, tuple[Case, Case]] = {
     "SRV2": (
         Case("--rollout-backend sglang --sglang-host 0.0.0.0", facts=served("0.5.20")),
         Case("--rollout-backend sglang --sglang-attention-backend triton", facts=served("0.5.20")),
+    ),
+    "SRV6": (
+        Case("--rollout-backend sglang --sglang-skip-tokenizer-init --rollout-stop END"),
+        Case("--rollout-backend sglang --rollout-stop END"),
     ),
     "SRV5": (
         scaled(f"{FP8} --update-weight-transfer-mode disk"),

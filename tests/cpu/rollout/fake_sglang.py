@@ -52,6 +52,9 @@ class FakeSglang:
         """Set when a health check may answer."""
         self.health.set()
         self.asked_rids: set[str] = set()
+        self.matched: str | None = None
+        """What a response says at its first token."""
+        self.has_tokenizer = True
         self.dead = False
         self.dies_on_bucket: int | None = None
         """Buckets of a broadcast that it takes before it dies."""
@@ -194,6 +197,10 @@ class FakeSglang:
 
     async def _on_generate(self, body: Any) -> Answer:
         version = self.version
+        for params in body["sampling_params"]:
+            if params.get("stop") and not self.has_tokenizer:
+                why = f"stop={params['stop']} is unavailable when skip_tokenizer_init=True"
+                return 400, {"error": {"message": why}}
         cut, self.cut_after = self.cut_after, None
         self.asked_rids = set(body["rid"])
         self.generating.set()
@@ -205,11 +212,13 @@ class FakeSglang:
         self, ids: list[int], params: dict[str, Any], version: str, cut: int | None
     ) -> dict[str, Any]:
         stops, wanted = params.get("stop_token_ids", []), params["max_new_tokens"]
-        output = [7] if 7 in stops else [7] * (wanted if cut is None else cut)
+        matched = self.matched if self.matched in params.get("stop", ()) else None
+        stopped = matched is not None or 7 in stops
+        output = [7] if stopped else [7] * (wanted if cut is None else cut)
         rows = len(ids) + len(output) - 1
         routes = np.arange(rows * self.layers * self.top_k, dtype="<i4") % 8
         meta = {
-            "finish_reason": {"type": "abort" if cut else "stop" if 7 in stops else "length"},
+            "finish_reason": _finish("abort" if cut else "stop" if stopped else "length", matched or 7),
             "output_token_logprobs": [[-0.5, token, None] for token in output],
             "weight_version": version,
             "weight_versions": [{"version": version, "start": 0, "end": len(output)}],
@@ -224,6 +233,10 @@ class FakeSglang:
             "output_ids": output,
             "meta_info": {k: v for k, v in meta.items() if k not in self.drop_fields},
         }
+
+
+def _finish(kind: str, matched: str | int) -> dict[str, Any]:
+    return {"type": kind, "matched": matched} if kind == "stop" else {"type": kind}
 
 
 LIMIT = timedelta(seconds=20)

@@ -15,9 +15,9 @@ from miles.rollout.collect import CollectSettings, Group, collect
 from miles.rollout.custom import Surroundings, generate_group_with
 from miles.rollout.engine import RequestRefused, SamplingParams
 from miles.rollout.generate import GenerationSettings
-from miles.rollout.native.engine import NativeEngine
+from miles.rollout.native.engine import EngineSettings, NativeEngine
 from miles.rollout.tool_turns import tool_turns
-from tests.cpu.rollout.conftest import Policy, run
+from tests.cpu.rollout.conftest import Policy, now, run
 
 STOPS = tuple(range(0, 37, 3))
 """A third of the vocabulary, so that turns are short."""
@@ -100,6 +100,30 @@ def test_a_turn_is_told_to_the_tool_without_the_token_that_ended_it(policy: Poli
 
     (sample,) = generate(policy.engine(), tool_turns(tool, max_outputs=1), group_of(1))
     assert heard == [decode(sample.tokens[3:-1])] and sample.loss_mask is None
+
+
+def test_a_turn_that_a_stop_string_ended_is_told_whole(policy: Policy) -> None:
+    """As a call of a tool is: the string that closes it is part of it. A turn may have strings of its own."""
+    heard = []
+    engine = NativeEngine(policy.spec, EngineSettings(max_context_len=64, seed=11), decode)
+    now(engine.share_weights(policy.decoder, version=0))
+
+    def tool(text: str) -> str | None:
+        heard.append(text)
+        return decode(TOOL_IDS) if len(heard) == 1 else None
+
+    only = {"stop": ["2", "3"], "stop_token_ids": ()}
+
+    async def stopping(args, sample, sampling_params):
+        return await tool_turns(tool, max_outputs=2)(args, sample, only)
+
+    (sample,) = generate(engine, stopping, group_of(1))
+    first, second = heard
+    for said in heard:
+        *before, last = said.split()
+        assert set("23") & set(last) and not any(set("23") & set(word) for word in before)
+    assert sample.stop_string in second and sample.status is SampleStatus.COMPLETED
+    assert sample.response == " ".join([first, decode(TOOL_IDS), second])
 
 
 def test_all_turns_together_stay_inside_the_limits(policy: Policy) -> None:

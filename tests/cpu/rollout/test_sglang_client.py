@@ -88,6 +88,43 @@ def test_an_answer_becomes_the_fields_of_a_sample(spec: ArchSpec) -> None:
     with_server(spec, scenario)
 
 
+def test_stop_strings_are_the_servers_and_the_one_that_matched_is_told(spec: ArchSpec) -> None:
+    """Unless the last token is a stop id: then that ended the response, whatever it says."""
+
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        await engine.receive_weights(WEIGHTS, version=1)
+        server.matched = "END"
+        stop = ("END", "\n")
+        sampling = SamplingParams(max_new_tokens=3, stop=stop)
+        by_text, by_id, free = await engine.generate(
+            [
+                replace(request(1), sampling=sampling),
+                replace(request(1), sampling=replace(sampling, stop_token_ids=(7,))),
+                request(1),
+            ]
+        )
+        assert (by_text.finish_reason, by_text.stop_string) == ("stop", "END")
+        assert (by_id.finish_reason, by_id.stop_string) == ("stop", None)
+        assert free.stop_string is None
+        sent = server.calls[-1][1]["sampling_params"]
+        assert [params.get("stop") for params in sent] == [["END", "\n"], ["END", "\n"], None]
+        assert all(params["no_stop_trim"] for params in sent)
+
+    with_server(spec, scenario)
+
+
+def test_a_server_that_takes_no_stop_strings_is_refused_before_the_first_rollout(spec: ArchSpec) -> None:
+    async def scenario(server: FakeSglang, engine: SglangEngine) -> None:
+        await engine.receive_weights(WEIGHTS, version=4)
+        await probe(engine, version=4, stop=("END",))
+        server.has_tokenizer = False
+        await probe(engine, version=4)
+        with pytest.raises(Unavailable, match="skip_tokenizer_init"):
+            await probe(engine, version=4, stop=("END",))
+
+    with_server(spec, scenario)
+
+
 def test_only_moe_layers_are_kept_of_the_routes(spec: ArchSpec) -> None:
     layers = (replace(spec.layers[0], mlp=DenseMlpSpec(64)), spec.layers[1])
 
