@@ -24,14 +24,18 @@ def plan_server_args(
 ) -> dict[str, Any]:
     """By SGLang's own names, in the order of the command line; checkpoint and address come at launch."""
     rollout = config.rollout
+    reads_text = bool(rollout.rollout_stop or config.eval.eval_min_new_tokens)
     args: dict[str, Any] = {
         "dtype": SERVER_DTYPES.get(rollout_format, "auto"),
         "context_length": limits.context + CONTEXT_ROOM,
         "random_seed": rollout.rollout_seed,
         # Token ids go in and come out. A server reads text for stop strings, and looks up ids for a minimum.
-        "skip_tokenizer_init": not (rollout.rollout_stop or config.eval.eval_min_new_tokens),
+        "skip_tokenizer_init": not reads_text,
         "enable_metrics": True,
     }
+    if reads_text:
+        # Its warm-up is an English sentence, for which not every vocabulary has symbols..
+        args["skip_server_warmup"] = True
     if replay:
         args["enable_return_routed_experts"] = True
     guesses = _speculation_args(config)

@@ -71,7 +71,10 @@ ACTIONS: tuple[Action, ...] = (
         for n in range(1, 10)
     ),
     Action(
-        "next_preset", ("p",), "Next preset", "Overview, numerics, precision, MoE, throughput, incident.",
+        "next_preset",
+        ("p",),
+        "Next preset",
+        "Overview, numerics, critic (of a PPO run), MoE, precision, throughput, incident.",
         footer="preset",
     ),
     Action("focus_next_panel", ("tab", "right", "down"), "Next panel", "Move the focus on."),

@@ -19,7 +19,7 @@ class BoardKeys(BoardApp):
         self.draw()
 
     def action_next_preset(self) -> None:
-        self.view = self.view.next_preset()
+        self.view = self.view.next_preset(self.scene.run)
         self.draw()
 
     def show_preset(self, name: str) -> None:

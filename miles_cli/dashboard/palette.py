@@ -11,7 +11,7 @@ from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from miles.record.metrics import find_metric
 from miles_cli.dashboard.actions import BOARD, actions_of
-from miles_cli.dashboard.panels import PRESETS, natural
+from miles_cli.dashboard.panels import natural, presets_of
 
 if TYPE_CHECKING:
     from miles_cli.dashboard.watch_app import WatchApp
@@ -38,7 +38,7 @@ class DashboardCommands(Provider):
             if action.id not in ("palette", "toggle_panel"):
                 run = partial(app.run_action, action.handler)
                 yield Command(f"{action.title} ({action.shown_keys})", action.tooltip, run)
-        for preset in PRESETS:
+        for preset in presets_of(app.scene.run.tracks):
             yield Command(f"preset {preset}", "show this group of panels", partial(app.show_preset, preset))
         for i, snapshot in enumerate(app.scene.runs if len(app.scene.runs) > 1 else ()):
             yield Command(f"run {snapshot.name}", snapshot.run_id, partial(app.show_run, i))

@@ -18,6 +18,9 @@ CHART, HEATMAP, BARS, PHASES, WORKERS, ALERTS, LOG = (
 )
 
 
+NO_CRITIC = "no critic: algorithm.advantage_estimator is not ppo"
+
+
 @dataclass(frozen=True)
 class Panel:
     """One box. `metrics` are names or patterns; the first that is present gives the value in the title."""
@@ -117,6 +120,12 @@ PANELS = {
             ("precision/*_saturated_frac", "precision/*_underflow_frac"),
             "nothing is rounded in training",
         ),
+        Panel("explained", "variance explained", CHART, ("train/explained_variance",), NO_CRITIC),
+        Panel("value_loss", "value loss", CHART, ("train/value_loss",), NO_CRITIC),
+        Panel("values", "values and returns", CHART, ("rollout/values", "rollout/returns"), NO_CRITIC),
+        Panel("critic_norm", "critic's grad norm", CHART, ("train/critic_grad_norm",), NO_CRITIC),
+        Panel("value_clip", "values clipped", CHART, ("train/value_clipfrac",), NO_CRITIC),
+        Panel("critic_lr", "critic's learning rate", CHART, ("train/critic_lr",), NO_CRITIC),
         Panel("aux", "balance loss", CHART, ("train/aux_loss",), "no load-balancing loss"),
         Panel("throughput", "tokens/s", CHART, ("perf/tokens_per_sec",)),
         Panel("rollout_rate", "rollout tokens/s", CHART, ("perf/rollout_tokens_per_sec",)),
@@ -144,6 +153,10 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "numerics": (
         "gap", "grad_norm", "mismatch_kl", "gap_p99", "ratio", "clipfrac", "tis", "ess", "non_finite",
     ),
+    "critic": (
+        "explained", "value_loss", "values", "reward", "critic_norm", "value_clip", "kl", "entropy",
+        "critic_lr",
+    ),
     "moe": (
         "flip_map", "flips", "load", "load_map", "overlap", "replayed", "gap", "aux", "reward",
     ),
@@ -160,8 +173,28 @@ PRESETS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
+STAND_INS = {("overview", "flips"): "explained", ("numerics", "tis"): "critic_norm"}
+"""What stands in a preset in a panel's place where a run has it: the nine numbers stay."""
+
 SIDE = ("alerts", "phases", "log")
 """What stands beside the board where the screen is wide enough, from top to bottom."""
+
+
+def presets_of(names: Iterable[str]) -> list[str]:
+    """The presets that a run with these metrics has something for: the critic's only where there is one."""
+    known = list(names)
+    return [preset for preset in PRESETS if preset != "critic" or not PANELS["explained"].is_empty(known)]
+
+
+def panels_of(preset: str, names: Iterable[str]) -> list[Panel]:
+    """The panels of a preset, in order, for a run with these metrics."""
+    known = list(names)
+    found = []
+    for panel in PRESETS[preset]:
+        other = STAND_INS.get((preset, panel))
+        stands_in = other is not None and not PANELS[other].is_empty(known)
+        found.append(PANELS[other if other is not None and stands_in else panel])
+    return found
 
 
 def matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:

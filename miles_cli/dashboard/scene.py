@@ -56,13 +56,14 @@ def cut(line: Line, width: int) -> Line:
 
 
 def spread(left: list[Line], right: list[Line], width: int, between: str) -> Line:
-    """Fields at both ends of a row. What does not fit goes: the last on the left, then the first right."""
+    """Fields at both ends of a row. What does not fit goes: the last on the left, then the last on the right, so
+    that the first of either side stay longest."""
     left, right = list(left), list(right)
     while left and _spread_width(left, right, between) > width:
         if len(left) > 1:
             left.pop()
         elif right:
-            right.pop(0)
+            right.pop()
         else:
             break
     a, b = _joined(left, between), _joined(right, between)

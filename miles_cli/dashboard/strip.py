@@ -5,7 +5,7 @@ from __future__ import annotations
 from miles.record.status import RunStatus
 from miles_cli.dashboard.canvas import Line
 from miles_cli.dashboard.numbers import duration
-from miles_cli.dashboard.scene import Scene, cut, spread
+from miles_cli.dashboard.scene import Scene, cut, spread, width_of
 from miles_cli.dashboard.snapshot import SEVERITIES, OpenPhase
 
 STALE = 30.0
@@ -18,18 +18,22 @@ def header(scene: Scene, width: int) -> list[Line]:
     """Two rows: who and how far; what it does now and how it is."""
     run, between = scene.run, scene.symbols.between
     glyph, style, word = liveness(scene)
-    who: list[Line] = [[(f" {glyph} ", style), (run.name, "strong")], [(word, style)]]
+    progress = _progress(scene, width)
+    # The step stays at any width: a name that is too long beside it is told by its end.
+    room = width - width_of(progress[0]) - 2
+    name = _shortened(run.name, room - len(f" {glyph} "), scene.symbols.ellipsis)
+    who: list[Line] = [[(f" {glyph} ", style), (name, "strong")], [(word, style)]]
     if run.profile:
         who.append([("profile ", "axis"), (run.profile, "label")])
     if run.attempt > 1:
         who.append([(f"attempt {run.attempt}", "label")])
     if len(scene.runs) > 1:
-        who = [[(f" {glyph} ", style), *_run_legend(scene)], *who[1:]]
+        who = [_cut_to([(f" {glyph} ", style), *_run_legend(scene)], room), *who[1:]]
     second: list[Line] = [_doing(scene)]
     if run.loading is not None:
         second.append([(f"reading the record {100 * run.loading:.0f}%", "warning")])
     return [
-        spread(who, _progress(scene, width), width, between),
+        spread(who, progress, width, between),
         spread(second, [_alerts(scene), _age(scene)], width, between),
     ]
 
@@ -48,8 +52,20 @@ def _run_legend(scene: Scene) -> Line:
 
 
 def _run_label(name: str, ellipsis: str) -> str:
-    """The end of a long name, for that is where names that a run gives itself differ."""
     return name if len(name) <= 14 else ellipsis + name[-12:]
+
+
+def _shortened(name: str, width: int, ellipsis: str) -> str:
+    """The end of a long name, for that is where names that a run gives itself differ; none where it would say
+    nothing."""
+    if len(name) <= width:
+        return name
+    kept = width - len(ellipsis)
+    return ellipsis + name[-kept:] if kept >= 4 else ""
+
+
+def _cut_to(line: Line, width: int) -> Line:
+    return line if width_of(line) <= width else cut(line, max(width, 0))
 
 
 def liveness(scene: Scene) -> tuple[str, str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from miles_cli.dashboard.panels import PANELS, PRESETS, Panel, metric_panel, natural, passes
+from miles_cli.dashboard.panels import Panel, metric_panel, natural, panels_of, passes, presets_of
 from miles_cli.dashboard.snapshot import RunSnapshot
 
 NORMAL, HALF, FULL = "normal", "half", "full"
@@ -45,7 +45,7 @@ class View:
         if self.query:
             names = sorted(snapshot.tracks, key=natural)
             return [metric_panel(name) for name in names if passes(name, self.query)]
-        return [PANELS[name] for name in PRESETS[self.preset]]
+        return panels_of(self.preset, snapshot.tracks)
 
     def shown(self, snapshot: RunSnapshot, capacity: int) -> list[tuple[int, Panel]]:
         """(number, panel) of what is on the board: as many as fit, and those switched on by hand."""
@@ -74,9 +74,11 @@ class View:
         kept = tuple(t for t in self.toggled if t[:2] != (self.preset, panel))
         return self.with_(toggled=(*kept, (self.preset, panel, not on)))
 
-    def next_preset(self) -> View:
-        names = list(PRESETS)
-        name = names[(names.index(self.preset) + 1) % len(names)]
+    def next_preset(self, snapshot: RunSnapshot) -> View:
+        names = presets_of(snapshot.tracks)
+        # The run in front may have changed since the preset was chosen.
+        at = names.index(self.preset) if self.preset in names else -1
+        name = names[(at + 1) % len(names)]
         return self.with_(preset=name, focus=0, query="", pinned=(), page=0, mode=NORMAL)
 
     def next_window(self) -> View:

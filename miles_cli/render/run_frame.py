@@ -31,6 +31,8 @@ KEY_METRICS = (
     "train/active_group_fraction",
     "train/entropy",
     "train/grad_norm",
+    "train/explained_variance",
+    "train/value_loss",
     "train/train_rollout_logprob_abs_diff",
     "train/tis_clipfrac",
     "route/flip_frac",

@@ -22,12 +22,13 @@ import psutil
 import pytest
 import torch
 from e2e_support import PATIENCE_S, Cli, summary_of
-from sglang_support import ATTACHED, CONTEXT, PYTHON, REPOSITORY, TRAIN, sample_of, settle
+from sglang_support import ATTACHED, CONTEXT, PYTHON, REPOSITORY, TRAIN, sample_of, serving, settle
 
 from miles.arch import ArchSpec, load_spec
 from miles.config.sglang_table import TABLE
 from miles.data.batch import pack
 from miles.data.sample import Sample
+from miles.data.tokenizer import CheckpointTokenizer
 from miles.http_client import HttpClient
 from miles.models import mlp
 from miles.orchestration.disk_weights import DiskWeights
@@ -438,3 +439,33 @@ def test_weights_reach_a_run_s_server_on_other_ways_than_http(
     run = cli.only_run()
     assert summary_of(run)["steps"] == 2
     assert len({e["checksums"]["engine-0"] for e in RunReader(run).events("weights_compared")}) == 3
+
+
+def test_a_server_with_a_tokenizer_ends_responses_with_a_stop_string(
+    warm_checkpoint: Path, spec: ArchSpec, tmp_path: Path
+) -> None:
+    """With the arguments that a run with `--rollout-stop` gives it: this vocabulary has no symbols for the
+    sentence that a server warms up with."""
+    reading = {"skip_tokenizer_init": False, "skip_server_warmup": True}
+    tokenizer = CheckpointTokenizer(warm_checkpoint)
+    with serving(warm_checkpoint, tmp_path / "server.log", reading) as server:
+        engine = SglangEngine(HttpClient(server.url), spec, SglangSettings(max_context_len=CONTEXT))
+        sampling = SamplingParams(max_new_tokens=24, stop=("7", "89"))
+        prompts = [tokenizer.encode(f"sort {digits}=") for digits in ("52913", "87654", "8978", "31")]
+        asked = [
+            GenerateRequest(input_ids=prompt, sampling=sampling, sample_key=i, group=i)
+            for i, prompt in enumerate(prompts)
+        ]
+
+        async def scenario() -> list[GenerateOutput]:
+            await engine.receive_weights(read_hf(warm_checkpoint), version=1)
+            await probe(engine, version=1, stop=sampling.stop)
+            return await engine.generate(asked)
+
+        outputs = settle(scenario())
+    assert any(output.stop_string for output in outputs)
+    for output in outputs:
+        lengths = range(1, len(output.output_ids) + 1)
+        *before, last = (tokenizer.decode(output.output_ids[:length]) for length in lengths)
+        assert not any(string in text for text in before for string in sampling.stop)
+        assert (output.stop_string or "") in last and (output.stop_string is None) == (len(before) == 23)

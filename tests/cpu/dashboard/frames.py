@@ -26,18 +26,21 @@ RUN = FIXTURES / "dashboard_run"
 """Written by a script: has a bit of everything."""
 REAL_RUN = FIXTURES / "collapsing_run"
 """The quickstart with too high a learning rate, as it was recorded."""
+PPO_RUN = FIXTURES / "ppo_run"
+"""The quickstart with a critic, as it was recorded."""
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = ((80, 24), (120, 40), (200, 60))
 VIEWS = {
-    **{preset: View(preset=preset) for preset in PRESETS},
+    **{preset: View(preset=preset) for preset in PRESETS if preset != "critic"},
     "zoomed": View(focus=1, mode=FULL),
     "half": View(focus=1, mode=HALF),
     "inspected": View(cursor=87),
     "filtered": View(query="flip layer"),
     "log-scale": View(preset="numerics", log=True, window=50),
 }
-REAL = "real-"
-"""Prefix of the frames of the real run."""
+REAL, PPO = "real-", "ppo-"
+"""Prefixes of the frames of the real runs."""
+PPO_VIEWS = {"ppo-overview": View(), "ppo-critic": View(preset="critic")}
 WINDOWS = {"alerts": "a", "fix": "f", "samples": "w", "log": "o", "help": "question_mark", "explain": "i"}
 
 
@@ -61,12 +64,14 @@ def board_cases() -> Iterator[tuple[str, int, int, str]]:
         yield "real-overview", width, height, "braille"
         yield "real-moe", width, height, "braille"
         yield "real-incident", width, height, "ascii"
+        for name in PPO_VIEWS:
+            yield name, width, height, "braille"
     yield "overview", 120, 40, "block"
 
 
 def board_frame(name: str, width: int, height: int, symbols: str) -> str:
-    run = REAL_RUN if name.startswith(REAL) else RUN
-    view = VIEWS[name.removeprefix(REAL)]
+    run = REAL_RUN if name.startswith(REAL) else PPO_RUN if name.startswith(PPO) else RUN
+    view = (VIEWS | PPO_VIEWS)[name.removeprefix(REAL)]
     scene = Scene((snapshot(run),), 0, view, at_rest(run), LADDER[symbols], frozen=view.cursor is not None)
     return _text(compose(scene, width, height).lines)
 

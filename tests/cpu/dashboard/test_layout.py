@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from miles_cli.dashboard.layout import Box, board_box, capacity, panel_boxes, side_boxes
 from miles_cli.dashboard.scene import Scene
 from miles_cli.dashboard.screenful import compose
+from miles_cli.dashboard.strip import header
 from miles_cli.dashboard.view import FULL, HALF, MODES, NORMAL, View
 
 
@@ -55,3 +57,14 @@ def test_every_screen_fills_its_size_exactly(scene: Scene, size: tuple[int, int]
         shown = compose(Scene((scene.run,), 0, view, scene.now, scene.symbols), *size)
         assert len(shown.lines) == size[1]
         assert {sum(len(text) for text, _ in line) for line in shown.lines} == {size[0]}
+
+
+@pytest.mark.parametrize("width", [24, 30, 40, 60, 80])
+@pytest.mark.parametrize("runs", [1, 2])
+def test_the_header_tells_the_step_at_any_width(scene: Scene, width: int, runs: int) -> None:
+    """Beside the name that a run gives itself, which is told by its end where it does not fit."""
+    run = replace(scene.run, name="quickstart-20261129-203714")
+    first, _ = header(replace(scene, runs=(run,) * runs), width)
+    told = "".join(part for part, _ in first)
+    assert "step 120/120" in told and len(told) == width
+    assert runs == 2 or width < 30 or "-203714" in told

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from miles_cli.dashboard.panels import PANELS, PRESETS, matching, natural, passes
+from miles_cli.dashboard.panels import PANELS, PRESETS, STAND_INS, matching, natural, passes, presets_of
 from miles_cli.dashboard.scene import Scene
 from miles_cli.dashboard.screenful import compose
 from miles_cli.dashboard.symbols import BRAILLE
 from miles_cli.dashboard.view import View
+from tests.cpu.dashboard.frames import PPO_RUN, snapshot
 
 
 def text(scene: Scene, width: int = 120, height: int = 40) -> str:
@@ -20,6 +21,8 @@ def test_presets_name_panels_that_exist_nine_each() -> None:
     for names in PRESETS.values():
         assert len(names) == len(set(names)) == 9
         assert all(name in PANELS for name in names)
+    for (preset, panel), other in STAND_INS.items():
+        assert panel in PRESETS[preset] and other in PANELS and other not in PRESETS[preset]
 
 
 def test_a_number_key_hides_a_panel_and_brings_it_back(scene: Scene) -> None:
@@ -32,7 +35,7 @@ def test_a_number_key_hides_a_panel_and_brings_it_back(scene: Scene) -> None:
 
 
 def test_a_choice_of_panels_belongs_to_its_preset(scene: Scene) -> None:
-    view = View().toggle(1, scene.run, 6).next_preset()
+    view = View().toggle(1, scene.run, 6).next_preset(scene.run)
     assert [n for n, _ in view.shown(scene.run, 6)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -74,6 +77,18 @@ def test_a_dense_run_says_why_the_moe_panels_are_empty(scene: Scene) -> None:
     )
     shown = text(replace(scene, runs=(dense,), view=View(preset="moe")))
     assert "a dense model has no routes" in shown
+
+
+def test_a_run_with_a_critic_has_panels_of_it_and_other_runs_are_not_told_of_one(scene: Scene) -> None:
+    grpo, ppo = scene.run, snapshot(PPO_RUN)
+    assert "variance explained" in text(replace(scene, runs=(ppo,)))
+    assert "variance explained" not in text(scene) and "routing flips" in text(scene)
+    seen, view = [], View()
+    for _ in PRESETS:
+        view = view.next_preset(ppo)
+        seen.append(view.preset)
+    assert sorted(seen) == sorted(PRESETS) and len(presets_of(grpo.tracks)) == len(PRESETS) - 1
+    assert View(preset="critic").next_preset(grpo).preset == "overview"
 
 
 def test_several_runs_share_a_chart_with_a_glyph_each(scene: Scene) -> None:
