@@ -31,16 +31,16 @@ class Chain:
         return tuple(layer.assignments for layer in self.layers)
 
 
-def read_chain(reference: str | Path, kind: OriginKind, text: str | None = None) -> Chain:
+def read_chain(reference: str | Path, kind: OriginKind, text: str | None = None, at: str = "") -> Chain:
     """Read a profile by shipped name, or a file by path, with all it extends.
 
-    `text` stands for the content of a file that is not written yet.
+    `text` stands for the content of a file that is not written yet. `at`: where a profile was named.
     """
     reader = _ChainReader(kind)
     if isinstance(reference, Path):
         reader.read(reference, str(reference), stack=(), at="", text=text)
     else:
-        reader.read_reference(reference, base=Path(), stack=(), at="--profile")
+        reader.read_reference(reference, base=Path(), stack=(), at=at)
     problems = (*reader.problems, *(problem for layer in reader.layers for problem in layer.problems))
     return Chain(tuple(reader.layers), problems)
 
@@ -81,9 +81,9 @@ class _ChainReader:
             file = read_file(path, label, OriginKind.PROFILE if stack else self.kind, text)
         except OSError as error:
             what = f"cannot read {label}: {error.strerror or error}"
-            self.problems.append(
-                MilesError(what, where=at, fix="check the path; `miles profiles ls` lists profiles")
-            )
+            run_file = self.kind is OriginKind.RUN_FILE and not stack
+            others = "`miles init` writes a run file" if run_file else "`miles profiles ls` lists profiles"
+            self.problems.append(MilesError(what, where=at, fix=f"check the path; {others}"))
             return
         place = f"{label}:{file.extends_line}" if file.extends_line else label
         for parent in file.extends:

@@ -27,6 +27,7 @@ def resolve(
     flags: Sequence[Assignment] = (),
     sets: Sequence[str] = (),
     run_text: str | None = None,
+    named_by: str = "",
 ) -> ResolvedConfig:
     """Layer all sources, check every value and every pair that contradicts itself, and derive what follows.
 
@@ -36,11 +37,12 @@ def resolve(
         flags: what `parse_flags` returned.
         sets: the texts of `--set section.name=value`.
         run_text: what the run file is going to hold, where it is not written yet.
+        named_by: the flag that named the profile, for messages.
 
     Raises:
         ConfigError: with every problem of every source, each with its place.
     """
-    chains = [read_chain(profile, OriginKind.PROFILE)] if profile else []
+    chains = [read_chain(profile, OriginKind.PROFILE, at=named_by)] if profile else []
     chains += [read_chain(run_file, OriginKind.RUN_FILE, run_text)] if run_file else []
     problems = [problem for chain in chains for problem in chain.problems]
     typed, set_problems = _try_sets(sets)

@@ -73,7 +73,7 @@ def train(
         refuse_beside_watch({"--dry-run": dry_run, "--json": as_json, "--quiet": quiet})
     copied = parent_dir(parent, profile, config)
     config = copied / "config.toml" if copied else config
-    resolved = resolve(profile, config, parse_flags(context.args), sets or ())
+    resolved = resolve(profile, config, parse_flags(context.args), sets or (), named_by="--profile")
     changes: tuple[Change, ...] = ()
     if rehearse:
         from miles.orchestration.rehearsal import rehearse as rehearsed

@@ -60,3 +60,16 @@ def test_validate_names_every_mistake_of_every_file(
     assert run(["profiles", "validate", *files, "--json"]) == 2
     answer = json.loads(capsys.readouterr().out)
     assert [problem["where"] for problem in answer["error"]["problems"]] == [f"{file}:2" for file in files]
+
+
+def test_a_name_with_a_typo_is_refused_without_a_flag_that_nobody_typed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for verb in ("show", "validate", "explain"):
+        assert run(["profiles", verb, "quickstrat"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: no profile is named 'quickstrat'") and "quickstart" in said
+    assert run(["train", "--profile", "quickstrat", "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith("error: --profile: no profile is named")
+    assert run(["train", "--config", "nowhere.toml", "--dry-run"]) == 2
+    assert "miles init" in capsys.readouterr().err
