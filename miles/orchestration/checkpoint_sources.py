@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from miles.orchestration.observer import Observer
 from miles.planning import collect_facts, make_plan
 from miles.planning.speculation import mtp_training_steps
 from miles.record import RunLayout, RunStatus
+from miles.scratch import scratch_directory, sweep
 
 if TYPE_CHECKING:
     from miles.orchestration.job import RunOutcome
@@ -63,6 +62,7 @@ def _warm_started(name: str, config: RunConfig, observer: Observer) -> Path:
     recipe = resolve(WARM_START_PROFILE, sets=sets)
     root = environment.cache_dir() / "checkpoints"
     target = root / f"{name.partition(':')[2]}-sft-{config_hash(recipe.config)[:12]}"
+    sweep(root, ".")
     if not target.exists():
         root.mkdir(parents=True, exist_ok=True)
         _warm_start(recipe, target, observer)
@@ -73,19 +73,16 @@ def _warm_start(recipe: ResolvedConfig, target: Path, observer: Observer) -> Non
     """Run the recipe in a scratch directory and move its last weights to `target`."""
     from miles.orchestration.launch import run
 
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     started = time.monotonic()
     plan = make_plan(recipe, collect_facts(recipe.config))
     observer.on_event("stage", {"name": STAGE, "state": "start", "total": plan.num_rollouts})
-    try:
+    with scratch_directory(target.parent, f".{target.name}-") as scratch:
         outcome = run(recipe, plan, run_dir=scratch / "run", observer=_StageObserver(observer))
         if outcome.summary.status != RunStatus.FINISHED:
             raise outcome.error or _unfinished(outcome, plan.num_rollouts)
         last = CheckpointStore(RunLayout(outcome.run_dir).checkpoints_dir).latest()
         assert last is not None, "a finished run has a checkpoint of its last step"
         os.rename(last / "trainer" / "model", target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     observer.on_event("stage", {"name": STAGE, "state": "end", "seconds": time.monotonic() - started})
 
 

@@ -56,8 +56,8 @@ def cut(line: Line, width: int) -> Line:
 
 
 def spread(left: list[Line], right: list[Line], width: int, between: str) -> Line:
-    """Fields at both ends of a row. What does not fit goes: the last on the left, then the last on the right, so
-    that the first of either side stay longest."""
+    """Fields at both ends of a row. What does not fit goes: the last on the left, then the last on the right;
+    the first of either side stay longest."""
     left, right = list(left), list(right)
     while left and _spread_width(left, right, between) > width:
         if len(left) > 1:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from miles.errors import DataError
+from miles.scratch import scratch_directory, sweep
 
 MANIFEST = "manifest.json"
 
@@ -49,23 +48,22 @@ def write_once(root: Path, write: Callable[[TaskAssets], None]) -> TaskAssets:
     Two processes may do this at once: the first rename wins. Raises DataError when a file of an existing
     `root` does not match its manifest.
     """
+    sweep(root.parent, f".{root.name}-")
     if root.exists():
         return _checked(root)
     root.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
     try:
-        write(TaskAssets(scratch))
-        manifest = {name: _digest(scratch / name) for name in _file_names(scratch)}
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        os.rename(scratch, root)
+        with scratch_directory(root.parent, f".{root.name}-") as scratch:
+            write(TaskAssets(scratch))
+            manifest = {name: _digest(scratch / name) for name in _file_names(scratch)}
+            (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            os.rename(scratch, root)
     except OSError:
         # A directory cannot be renamed onto one that another process has just filled: that one serves as
         # well.
         if not (root / MANIFEST).exists():
             raise
         return _checked(root)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return TaskAssets(root)
 
 

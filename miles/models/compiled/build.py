@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
-import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from miles import environment
 from miles.errors import MilesError
+from miles.scratch import scratch_directory, sweep
 
 HERE = Path(__file__).parent
 FLAGS: tuple[str, ...] = (
@@ -25,8 +23,8 @@ FLAGS: tuple[str, ...] = (
 CPUINFO = Path("/proc/cpuinfo")
 COMPILE_SECONDS = 300
 """Of a unit. Idle the longest takes five; a machine with much else to do is no reason to go without."""
-SCRATCH, ABANDONED_SECONDS = ".building-", 3600
-"""Directories of builds, and how old one must be to have nobody."""
+SCRATCH = ".building-"
+"""Directories of builds."""
 
 
 class BuildFailed(MilesError):
@@ -59,13 +57,13 @@ def library(compiler: str, sources: Sources = TRAINING) -> Path:
     Raises: BuildFailed with the compiler's first complaint, or where the cache cannot be written.
     """
     target = environment.cache_dir() / "kernels" / f"{sources.name}-{_key(compiler, sources)}.so"
+    sweep(target.parent, SCRATCH)
     if target.exists():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=SCRATCH) as scratch:
-            made = _build(compiler, sources, Path(scratch))
+        with scratch_directory(target.parent, SCRATCH) as scratch:
+            made = _build(compiler, sources, scratch)
             with made.open("rb") as written:
                 os.fsync(written.fileno())
             os.replace(made, target)
@@ -91,16 +89,6 @@ def _build(compiler: str, sources: Sources, scratch: Path) -> Path:
     library = scratch / "library.so"
     _run([compiler, "-shared", *map(str, objects), "-o", str(library)])
     return library
-
-
-def _sweep(directory: Path) -> None:
-    """Remove what builds left that were killed long ago."""
-    for left in directory.glob(f"{SCRATCH}*"):
-        try:
-            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(left)
-        except FileNotFoundError:
-            continue  # another process was quicker
 
 
 def _key(compiler: str, sources: Sources) -> str:
