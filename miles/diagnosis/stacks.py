@@ -22,7 +22,11 @@ from miles.record import RunLayout
 from miles.record.heartbeat import Heartbeat, process_exists
 from miles.record.stack_file import STACK_SIGNAL
 
-SECONDS = 10
+SECONDS = 30
+SIGNAL_SECONDS = 10
+"""Until a process that handles the signal must have written; one that hangs in a library may not."""
+STILL_SECONDS = 0.25
+"""Without a new line the stacks are whole."""
 WITHOUT = "install py-spy (pip install py-spy) and run miles diagnose --stacks again"
 
 
@@ -84,14 +88,15 @@ def _by_signal(pid: int, file: Path) -> str | None:
         os.kill(pid, STACK_SIGNAL)
     except (ProcessLookupError, PermissionError):
         return None
-    deadline = time.monotonic() + SECONDS / 5
+    began = since = time.monotonic()
     size = before
-    while time.monotonic() < deadline:
-        time.sleep(0.05)
+    while (now := time.monotonic()) < began + SIGNAL_SECONDS:
         grown = file.stat().st_size
-        if grown > before and grown == size:
+        if grown > size:
+            size, since = grown, now
+        elif size > before and now > since + STILL_SECONDS:
             break
-        size = grown
+        time.sleep(0.05)
     return file.read_bytes()[before:].decode("utf-8", "replace").strip() or None
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from e2e_support import SMALL, Cli
+from e2e_support import SMALL, Cli, copy_kernels
 from sglang_support import assert_ended, server_processes, serving
 
 from miles import environment
@@ -31,10 +30,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (root / "miles-cache.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (cache / "checkpoints").is_dir():
-            kernels = environment.cache_dir() / "kernels"
-            if kernels.is_dir():
-                under_way = shutil.ignore_patterns(".building-*")
-                shutil.copytree(kernels, cache / "kernels", ignore=under_way, dirs_exist_ok=True)
+            copy_kernels(environment.cache_dir(), cache)
             warm = Cli(cache, root / "warm-runs")
             done = warm("train", *SMALL, "--num-rollout", "1", "--skip-eval-before-train")
             assert done.returncode == 0, done.stderr

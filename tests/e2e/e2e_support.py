@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,8 @@ NAMING_A_CHECKPOINT = ("miles.orchestration.checkpoints", "CheckpointStore.compl
 """Where its files are written, and it has no name yet."""
 RECORDING_A_STEP = ("miles.orchestration.driver", "Driver.finish_step")
 """Where it has been trained, and the record does not have it."""
+SAMPLING = ("miles.orchestration.driver", "Driver.collect")
+"""Where its prompts have not been given to the engines."""
 
 EVEN = {"RAY_worker_niceness": "0"}
 """Ray's workers run at nice 15: beside other tests they would hardly run at all."""
@@ -68,6 +71,7 @@ class Cli:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            pipesize=preloaded.UNREAD,
             text=True,
             **options,
         )
@@ -111,6 +115,13 @@ class Cli:
             assert process.poll() is None, f"ended early: {process.communicate()}"
             assert time.monotonic() < deadline, f"it did not happen within {PATIENCE_S:g} s"
             time.sleep(0.02)
+
+
+def copy_kernels(cache: Path, target: Path) -> None:
+    """Into the cache `target`, the kernels that `cache` has; others may be building more there."""
+    if (cache / "kernels").is_dir():
+        under_way = shutil.ignore_patterns(".building-*")
+        shutil.copytree(cache / "kernels", target / "kernels", ignore=under_way, dirs_exist_ok=True)
 
 
 def metrics_of(run: Path) -> dict[int, dict[str, float]]:

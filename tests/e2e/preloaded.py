@@ -52,6 +52,8 @@ THREADS = "1"
 """Of each process: what the plan of a small run says, and what a process that forks must have."""
 LIMIT = 1 << 17
 """Bytes of a message."""
+UNREAD = 1 << 20
+"""Bytes that a program may write before somebody reads them: a run that writes more waits."""
 
 
 class Pause(NamedTuple):
@@ -104,7 +106,7 @@ def miles(
 ) -> Preloaded:
     """`miles WORDS` with its output in pipes."""
     pipe = subprocess.PIPE
-    how = {"cwd": cwd, "stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe}
+    how = {"cwd": cwd, "stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe, "pipesize": UNREAD}
     return Preloaded(imported, MILES, words, env, pause, **how)
 
 
@@ -177,7 +179,8 @@ def pause_at(module: str, method: str, call: int) -> None:
 
     def paused(*args: Any, **options: Any) -> Any:
         if next(calls) == call:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # To this thread: sent to the process, another one may take it while this one goes on.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         return original(*args, **options)
 
     setattr(owner, name, paused)

@@ -9,7 +9,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from e2e_support import SMALL, Cli, metrics_of
+from e2e_support import RECORDING_A_STEP, SMALL, Cli, metrics_of
+from preloaded import Pause
 
 from miles.record import RunReader
 
@@ -51,18 +52,13 @@ def test_two_ranks_go_on_from_the_checkpoint_of_one_process(cli: Cli, inline: Pa
 
 
 def test_a_killed_rank_brings_both_back_from_the_last_checkpoint(cli: Cli, inline: Path) -> None:
-    process = cli.start("train", *SHORT, "--data-parallel-size", "2")
-    cli.wait_until(lambda: last_step(cli) >= 3, process)
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=4), "train", *SHORT, "--data-parallel-size", "2")
     os.kill(pid_of(cli.only_run(), "trainer-1"), signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     _, stderr = cli.outcome(process)
     assert process.returncode == 0, stderr
     assert_same(cli.only_run(), inline)
     assert RunReader(cli.only_run()).attempt == 2
-
-
-def last_step(cli: Cli) -> int:
-    runs = list(cli.runs.glob("*/events/driver.jsonl"))
-    return max((row.step for run in runs for row in RunReader(run.parent.parent).rows()), default=0)
 
 
 def pid_of(run: Path, worker: str) -> int:

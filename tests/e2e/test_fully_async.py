@@ -6,7 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from e2e_support import Cli
+from e2e_support import RECORDING_A_STEP, Cli
+from preloaded import Pause
 
 from miles.data.held_groups import read_groups
 from miles.orchestration.driver import HELD_GROUPS
@@ -23,14 +24,8 @@ FLOW = (
 )
 
 
-def recorded(cli: Cli, step: int) -> bool:
-    runs = [path.parent.parent for path in cli.runs.glob("*/events/driver.jsonl")]
-    return bool(runs) and (RunReader(runs[0]).history.last_step or 0) >= step
-
-
 def test_the_reward_rises_under_a_bound_on_staleness_also_over_a_kill(cli: Cli) -> None:
-    process = cli.start(*FLOW)
-    cli.wait_until(lambda: recorded(cli, 8), process)
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=9), *FLOW)
     process.send_signal(signal.SIGKILL)
     process.wait()
     resumed = cli("runs", "resume", "last")

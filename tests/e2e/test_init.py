@@ -95,12 +95,11 @@ def test_flags_make_a_file_that_trains(cli: Cli, tmp_path: Path) -> None:
     assert summary_of(cli.only_run())["steps"] == 2
 
 
-def test_a_checkpoint_and_prompts_of_ones_own_train(cli: Cli, tmp_path: Path) -> None:
-    warm = next((cli.cache / "checkpoints").iterdir())
+def test_a_checkpoint_and_prompts_of_ones_own_train(cli: Cli, warm_checkpoint: Path, tmp_path: Path) -> None:
     rows = (f'{{"question": "sort 4{i}31=", "answer": "{"".join(sorted(f"4{i}31"))}"}}' for i in range(300))
     (tmp_path / "mine.jsonl").write_text("\n".join(rows) + "\n")
-    words = ("--hf-checkpoint", str(warm), "--prompt-data", "mine.jsonl", "--rollout-batch-size", "8")
-    made = cli("init", "--yes", *words, "--num-rollout", "2", cwd=tmp_path)
+    words = ("--hf-checkpoint", str(warm_checkpoint), "--prompt-data", "mine.jsonl", "--num-rollout", "2")
+    made = cli("init", "--yes", *words, "--rollout-batch-size", "8", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     trained = cli("train", "--config", "run.toml", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr

@@ -6,18 +6,14 @@ import signal
 from pathlib import Path
 
 import pytest
-from e2e_support import SMALL, Cli, metrics_of
+from e2e_support import RECORDING_A_STEP, SMALL, Cli, metrics_of
+from preloaded import Pause
 
 from miles.record import RunReader
 
 pytestmark = pytest.mark.slow
 
 AHEAD = (*SMALL, "--num-rollout", "7", "--save-interval", "2", "--one-step-ahead", "--use-tis")
-
-
-def recorded(cli: Cli, step: int) -> bool:
-    runs = [path.parent.parent for path in cli.runs.glob("*/events/driver.jsonl")]
-    return bool(runs) and (RunReader(runs[0]).history.last_step or 0) >= step
 
 
 def test_a_killed_run_resumes_exactly_and_samples_are_one_version_old(cli: Cli, tmp_path: Path) -> None:
@@ -30,8 +26,8 @@ def test_a_killed_run_resumes_exactly_and_samples_are_one_version_old(cli: Cli, 
     assert all(rows[step]["rollout/weight_version/mixed_version_ratio"] == 0 for step in newest)
     assert rows[1]["train/tis"] == pytest.approx(1, abs=1e-4) and rows[3]["train/tis_abs"] > 0
 
-    process = cli.start("train", *AHEAD)
-    cli.wait_until(lambda: recorded(cli, 5), process)
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=6), "train", *AHEAD)
+    assert RunReader(cli.only_run()).history.last_step == 5
     process.send_signal(signal.SIGKILL)
     process.wait()
     resumed = cli("runs", "resume", "last")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
-from e2e_support import Cli, summary_of
+from e2e_support import Cli, copy_kernels, summary_of
 
 from miles.data.tasks import assets
 from miles.record import RunReader
@@ -24,7 +23,7 @@ def quickstart(
     seed = request.param
     root = tmp_path_factory.mktemp(f"quickstart-{seed}")
     if seed != SEEDS[0]:
-        shutil.copytree(shared_cache / "kernels", root / "cache" / "kernels")
+        copy_kernels(shared_cache, root / "cache")
     cli = Cli(root / "cache", root / "runs")
     task = f"builtin:sort@{seed}"
     done = cli(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 from e2e_support import EVEN, PATIENCE_S, SMALL, Cli, metrics_of, summary_of
 
 from miles.record import RunReader
+from miles.rollout.sglang.server import free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -69,17 +69,6 @@ class Head:
     token: str
     runs: Path
     """Where jobs that share no files keep their runs."""
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from e2e_support import SMALL, Cli, metrics_of, summary_of
+from e2e_support import PATIENCE_S, RECORDING_A_STEP, SAMPLING, SMALL, Cli, metrics_of, summary_of
+from preloaded import Pause
 
 from miles.record import RunReader
 
@@ -45,31 +46,36 @@ def family_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def started(cli: Cli, step: int) -> Callable[[], bool]:
-    """Whether the only run has recorded this step."""
-
-    def reached() -> bool:
-        runs = [path.parent.parent for path in cli.runs.glob("*/events/driver.jsonl")]
-        return bool(runs) and (RunReader(runs[0]).history.last_step or 0) >= step
-
-    return reached
+def command_lines(family: list[psutil.Process]) -> str:
+    """What those that still run were started with."""
+    words: list[str] = []
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            words += [member.name(), *member.cmdline()]
+    return " ".join(words)
 
 
 def runtime_directory(family: list[psutil.Process]) -> Path:
     """Where the private runtime keeps its sockets and logs, as its servers were told."""
-    told = re.search(r"/tmp/miles-ray-\w+", " ".join(arg for member in family for arg in member.cmdline()))
+    told = re.search(r"/tmp/miles-ray-\w+", command_lines(family))
     assert told is not None
     return Path(told.group())
+
+
+def assert_ended(family: list[psutil.Process]) -> None:
+    """None runs any more. Whoever collects what is left of them may come to it a moment later."""
+    _, alive = psutil.wait_procs(family, PATIENCE_S)
+    assert not alive
 
 
 def test_the_metrics_are_those_of_the_inline_run_and_nothing_is_left_behind(
     cli: Cli, uninterrupted: Path
 ) -> None:
-    process = cli.start("train", *SMALL, "--executor", "ray")
-    cli.wait_until(lambda: bool(list(cli.runs.glob("*/heartbeat/trainer-0.json"))), process)
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=1), "train", *SMALL, "--executor", "ray")
     family = family_of(process)
-    assert "raylet" in {member.name() for member in family if member.is_running()}
+    assert "raylet" in command_lines(family).split()
     directory = runtime_directory(family)
+    process.send_signal(signal.SIGCONT)
     _, stderr = cli.outcome(process)
     assert process.returncode == 0, stderr
     run = cli.only_run()
@@ -78,17 +84,27 @@ def test_the_metrics_are_those_of_the_inline_run_and_nothing_is_left_behind(
     assert {path.stem for path in (run / "logs").glob("*.log")} >= workers
     assert {path.stem for path in (run / "events").glob("*.jsonl")} == workers | {"driver"}
     assert {path.stem for path in (run / "heartbeat").glob("*.json")} == workers | {"driver"}
-    assert not any(member.is_running() for member in family)
+    assert_ended(family)
     assert not any(psutil.pid_exists(pid_of(run, worker)) for worker in workers)
     assert not directory.exists()
 
 
 def test_an_engine_killed_while_it_draws_costs_nothing(cli: Cli, uninterrupted: Path) -> None:
-    process = cli.start("train", *SMALL, "--num-engines", "2")
-    cli.wait_until(started(cli, 3), process)
+    process = cli.start_until(Pause(*SAMPLING, call=4), "train", *SMALL, "--num-engines", "2")
     run = cli.only_run()
     first = pid_of(run, "engine-1")
-    freeze_while_it_draws(cli, process, run, first)
+    # The run waits for what this engine has been asked.
+    os.kill(first, signal.SIGSTOP)
+    process.send_signal(signal.SIGCONT)
+    reader = RunReader(run)
+
+    def in_rollout() -> bool:
+        reader.poll()
+        return [(phase.name, phase.step) for phase in reader.history.open_phases()] == [("rollout", 4)]
+
+    cli.wait_until(in_rollout, process)
+    time.sleep(0.2)  # Its questions are on their way: lost with it, or asked of the next one.
+    assert in_rollout()
     os.kill(first, signal.SIGKILL)
     _, stderr = cli.outcome(process)
     assert process.returncode == 0, stderr
@@ -100,66 +116,43 @@ def test_an_engine_killed_while_it_draws_costs_nothing(cli: Cli, uninterrupted: 
     assert "lost: engine-1" in stderr and "restarted: engine-1" in stderr
 
 
-def freeze_while_it_draws(cli: Cli, process: subprocess.Popen[str], run: Path, pid: int) -> None:
-    """Stop the engine's process in the middle of a rollout: the run waits there for its answers."""
-
-    reader = RunReader(run)
-
-    def in_rollout() -> bool:
-        return {phase.name for phase in reader.history.open_phases()} == {"rollout"}
-
-    def stuck_in_rollout() -> bool:
-        # Drawing takes a small part of a step: it is waited for before the process is stopped.
-        reader.poll()
-        if not in_rollout():
-            return False
-        os.kill(pid, signal.SIGSTOP)
-        reader.poll()
-        # A run that does not wait for this engine moves on meanwhile.
-        time.sleep(0.5)
-        stuck = not reader.poll() and in_rollout()
-        if not stuck:
-            os.kill(pid, signal.SIGCONT)
-        return stuck
-
-    cli.wait_until(stuck_in_rollout, process)
-
-
 def test_a_killed_trainer_resumes_by_itself_from_the_last_checkpoint(cli: Cli, uninterrupted: Path) -> None:
-    process = cli.start("train", *SMALL, "--executor", "ray")
-    cli.wait_until(started(cli, 5), process)
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=6), "train", *SMALL, "--executor", "ray")
     run = cli.only_run()
     os.kill(pid_of(run, "trainer-0"), signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     _, stderr = cli.outcome(process)
     assert process.returncode == 0, stderr
     assert metrics_of(run) == metrics_of(uninterrupted)
     reader = RunReader(run)
-    assert reader.attempt == 2 and reader.history.resumes[2] >= 3
+    assert reader.attempt == 2 and reader.history.resumes[2] == 3
     assert [event["worker"] for event in reader.events("restart")] == ["trainer-0"]
     assert summary_of(run)["steps"] == 12 and summary_of(run)["attempt"] == 2
 
 
 def test_a_trainer_that_may_not_be_replaced_ends_the_run_with_its_name(cli: Cli) -> None:
-    process = cli.start("train", *SMALL, "--executor", "ray", "--max-worker-restarts", "0")
-    cli.wait_until(started(cli, 2), process)
+    once = ("--executor", "ray", "--max-worker-restarts", "0")
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=3), "train", *SMALL, *once)
     run = cli.only_run()
     os.kill(pid_of(run, "trainer-0"), signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     _, stderr = cli.outcome(process)
     assert process.returncode == 1 and "trainer-0 was lost" in stderr and "Traceback" not in stderr
     assert summary_of(run)["status"] == "failed"
 
 
 def test_sigterm_saves_and_ends_every_process(cli: Cli) -> None:
-    process = cli.start("train", *SMALL, "--num-rollout", "200", "--executor", "ray")
-    cli.wait_until(started(cli, 4), process)
+    long = ("--num-rollout", "200", "--executor", "ray")
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=4), "train", *SMALL, *long)
     run, family = cli.only_run(), family_of(process)
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
     _, stderr = cli.outcome(process)
     assert process.returncode == 143, stderr
     stopped = summary_of(run)
-    assert stopped["status"] == "interrupted" and 4 <= stopped["steps"] < 200
+    assert (stopped["status"], stopped["steps"]) == ("interrupted", 4)
     assert (run / "checkpoints" / f"step-{stopped['steps']:06d}").is_dir()
-    assert not any(member.is_running() for member in family)
+    assert_ended(family)
     # A run may change its executor: the record and the checkpoints are the same.
     changes = ("--set", 'run.executor="inline"', "--set", f"rollout.num_rollout={stopped['steps'] + 1}")
     resumed = cli("runs", "resume", run.name, *changes)

@@ -16,7 +16,7 @@ from miles.errors import ConfigError, MilesError, Unavailable
 
 PROBE_SECONDS = 2.0
 """A Ray client waits more than 90 s for a dead address; a TCP connection is tried first."""
-REQUEST_SECONDS = 10.0
+REQUEST_SECONDS = 60.0
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def test_a_character_that_the_terminal_lacks_is_no_error(environment: dict[str, 
         [sys.executable, "-m", "miles_cli", "--help"],
         capture_output=True,
         env=environment | {"PYTHONIOENCODING": "ascii"},
-        timeout=60,
+        timeout=600,
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"0 ok ? 1 the run" in done.stdout

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -130,21 +129,18 @@ def test_an_empty_run_directory_has_a_frame_too(runs_dir: Path) -> None:
 def test_following_prints_a_line_per_step_and_ends_with_the_run(
     runs_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch_lines, "POLL_SECONDS", 0.01)
     run = write_run(runs_dir / "quick", status=None)
     history = History()
     writer = RecordWriter(run, history=history)
 
-    def finish() -> None:
-        time.sleep(0.1)
+    def finish(seconds: float) -> None:
+        """While nothing is new."""
         writer.metrics(21, step_metrics(21) | {"eval/sort": 0.5})
         writer.alert(rule="RO2", severity="warning", title="cut", step=21)
         write_summary(run, summarise(history, RunStatus.FINISHED, 1.0, "x"))
 
-    thread = threading.Thread(target=finish)
-    thread.start()
+    monkeypatch.setattr(watch_lines, "time", SimpleNamespace(sleep=finish))
     result = invoke("watch", "quick")
-    thread.join()
     writer.close()
     assert result.exit_code == ExitCode.OK
     lines = result.stdout.splitlines()

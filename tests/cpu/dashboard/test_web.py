@@ -14,6 +14,7 @@ import pytest
 from frames import RUN
 
 from miles.errors import Unavailable
+from miles.rollout.sglang.server import free_ports
 from miles_cli.dashboard.app import serve_dashboard
 
 aiohttp = pytest.importorskip("aiohttp")
@@ -27,14 +28,8 @@ serve_dashboard([Path(sys.argv[1])], port=int(sys.argv[2]))
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_a_tab_shows_the_run_and_everything_ends_with_the_server() -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     server = subprocess.Popen([sys.executable, "-c", SERVE, str(RUN), str(port)], stderr=subprocess.DEVNULL)
     try:
         page, refused, seen = asyncio.run(visit(f"http://127.0.0.1:{port}"))

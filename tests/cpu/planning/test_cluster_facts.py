@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,14 +88,12 @@ def test_a_cluster_without_a_living_node_is_not_there_yet(head: str, monkeypatch
         read_cluster(head)
 
 
-def test_a_dead_address_is_refused_at_once() -> None:
+def test_a_dead_address_is_refused() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        started = time.monotonic()
         with pytest.raises(Unavailable, match="does not answer"):
             probe(url)
-        assert time.monotonic() - started < 3
 
 
 def test_what_a_run_needs_is_added_up_in_words() -> None:
