@@ -12,7 +12,7 @@ from pathlib import Path
 
 from miles_cli.run_view import RUN_DIRECTORY
 
-_RUN_DIR = re.compile(rf"^{re.escape(RUN_DIRECTORY)}(.+?)(?:, attempt \d+)?$", re.MULTILINE)
+_RUN_DIR = re.compile(rf"^{re.escape(RUN_DIRECTORY)}(.+?)(?:, attempt \d+)?\n", re.MULTILINE)
 
 
 @dataclass

@@ -32,12 +32,14 @@ def run_status(layout: RunLayout) -> RunStatus:
     """The status of the latest attempt."""
     heartbeats = read_heartbeats(layout.heartbeat_dir)
     beat = heartbeats.get("driver") or max(heartbeats.values(), key=lambda b: b.attempt, default=None)
+    # Asked before the summary is read: a process that is gone has written it by then, or never will.
+    alive = beat is not None and beat.alive()
     summary = _summary_of(layout)
     if summary is not None and (beat is None or summary["attempt"] >= beat.attempt):
         return RunStatus(summary["status"])
     if beat is None:
         return RunStatus.EMPTY
-    return RunStatus.RUNNING if beat.alive() else RunStatus.DEAD
+    return RunStatus.RUNNING if alive else RunStatus.DEAD
 
 
 def _summary_of(layout: RunLayout) -> dict | None:

@@ -47,6 +47,7 @@ class RunFeed:
         self._size = self._reading.reader.unread_bytes
         self._version = 0
         self._about = _About(self._reading.reader)
+        self._status = self._reading.reader.status()
         if self._size > SKIM_FROM:
             outline = RunReader(run_dir, read=False)
             outline.skim()
@@ -65,6 +66,8 @@ class RunFeed:
 
     def advance(self) -> bool:
         """Read what is new, or the next piece of a large record; whether anything was."""
+        # The status first: what an ended run has written is read after it.
+        self._status = self._reading.reader.status()
         changed = self._reading.read(PIECE if self._outline else None)
         if self._outline is not None:
             self._outline.read(None)
@@ -85,7 +88,7 @@ class RunFeed:
             path=str(self.run_dir),
             name=self._about.name,
             profile=self._about.profile,
-            status=shown.reader.status(),
+            status=self._status,
             attempt=history.attempt,
             step=step,
             total=self._about.total,

@@ -55,6 +55,23 @@ def test_steps_of_an_abandoned_attempt_are_gone(tmp_path: Path) -> None:
     assert (track.last_step, track.at(5), track.at(6)) == (7, 5, 12)
 
 
+def test_a_run_that_is_told_to_have_ended_is_told_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last steps are written while its status is asked for."""
+    write(tmp_path, range(1, 3))
+    feed = RunFeed(tmp_path)
+
+    def ends(reader: RunReader) -> RunStatus:
+        write(tmp_path, range(3, 5))
+        return RunStatus.FINISHED
+
+    monkeypatch.setattr(RunReader, "status", ends)
+    assert feed.advance()
+    run = feed.snapshot()
+    assert (run.status, run.step) == (RunStatus.FINISHED, 4)
+
+
 def test_new_rows_arrive_and_a_torn_line_waits(tmp_path: Path) -> None:
     write(tmp_path, range(1, 3))
     feed = RunFeed(tmp_path)

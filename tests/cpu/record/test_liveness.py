@@ -25,7 +25,7 @@ from miles.record import (
     summarise,
     write_summary,
 )
-from miles.record.heartbeat import process_exists, process_start, read_heartbeats
+from miles.record.heartbeat import Heartbeat, process_exists, process_start, read_heartbeats
 from miles.record.json_file import write_json
 from miles.record.runs import describe_run, find_runs, resolve_run
 
@@ -84,6 +84,21 @@ def test_status_follows_the_latest_attempt(tmp_path: Path) -> None:
         assert reader.status() is RunStatus.STOPPED
     with RecordWriter(run, attempt=2):
         assert reader.status() is RunStatus.RUNNING
+
+
+def test_a_run_that_ends_while_its_status_is_asked_for_is_not_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, history = create_run_dir(tmp_path, "quick"), History()
+    with RecordWriter(run, history=history) as writer:
+        writer.metrics(1, {"train/loss": 0.0})
+
+    def ends(beat: Heartbeat) -> bool:
+        write_summary(run, summary_of(history))
+        return False
+
+    monkeypatch.setattr(Heartbeat, "alive", ends)
+    assert RunReader(run).status() is RunStatus.FINISHED
 
 
 def test_summary_holds_what_a_table_of_runs_wants(tmp_path: Path) -> None:
