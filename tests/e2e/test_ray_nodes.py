@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +17,29 @@ import psutil
 import pytest
 from e2e_support import EVEN, PATIENCE_S, SMALL, Cli, metrics_of, summary_of
 from namespace import own_network
-from test_ray_cluster import REPOSITORY, free_ports, wait_for_node
+from test_ray_cluster import REPOSITORY, wait_for_node
 
+from miles.errors import Unavailable
 from miles.record import RunReader
+from miles.rollout.sglang.server import free_ports
 
 pytestmark = [pytest.mark.scale, pytest.mark.usefixtures("network_namespaces")]
 
+WAITING_JUDGE = """
+import time
+from pathlib import Path
+
+calls = 0
+
+def judge(args, sample):
+    global calls
+    calls += 1
+    # The untrained policy is judged on 32 prompts in two ways, a step has 32 samples: in step 4.
+    while calls > 2 * 32 + 3 * 32 + 16 and not Path("{go_on}").exists():
+        time.sleep(0.02)
+    return float(sample.response == sample.label and sample.status.value == "completed")
+"""
+"""The exact reward, which goes on in step 4 once that file is there."""
 CPUS = 2
 """Of each node. The run needs four: driver 1, trainer 1, engine 1, reward worker 1."""
 
@@ -70,7 +88,13 @@ class Nodes:
         patch = pytest.MonkeyPatch()
         patch.setenv("RAY_AUTH_TOKEN", self.environment["RAY_AUTH_TOKEN"])
         deadline = time.monotonic() + PATIENCE_S
-        while cluster.read_cluster(self.url).cpus != CPUS * count:
+
+        def there() -> bool:
+            with suppress(Unavailable):  # The head is busy with the new node.
+                return cluster.read_cluster(self.url).cpus == CPUS * count
+            return False
+
+        while not there():
             assert time.monotonic() < deadline and self.others[-1].poll() is None, log.read_text()
             time.sleep(0.5)
         patch.undo()
@@ -80,7 +104,8 @@ class Nodes:
         node = psutil.Process(self.others[-1].pid)
         family = (*node.children(recursive=True), node)
         for member in family:
-            member.send_signal(signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGKILL)
         self.others[-1].wait(timeout=PATIENCE_S)
         return {member.pid for member in family}
 
@@ -164,12 +189,18 @@ def workers_among(run: Path, pids: set[int]) -> set[str]:
     return {event["worker"] for event in started if event["pid"] in pids}
 
 
-def test_a_run_over_two_nodes_survives_the_loss_of_one(cli: Cli, nodes: Nodes, uninterrupted: Path) -> None:
+def test_a_run_over_two_nodes_survives_the_loss_of_one(
+    cli: Cli, nodes: Nodes, uninterrupted: Path, tmp_path: Path
+) -> None:
     """It is the local run, its trainer and engine on two nodes; without the second it waits for another."""
-    process = cli.start("train", *SMALL, "--address", nodes.url, "--placement-strategy", "SPREAD")
-    cli.wait_until(lambda: last_step(cli) >= 3, process)
+    judge, go_on = tmp_path / "judge.py", tmp_path / "go-on"
+    judge.write_text(WAITING_JUDGE.format(go_on=go_on))
+    spread = ("--placement-strategy", "SPREAD", "--custom-rm-path", f"{judge}:judge")
+    process = cli.start("train", *SMALL, "--address", nodes.url, *spread)
+    cli.wait_until(lambda: last_step(cli) == 3, process)
     run = cli.only_run()
     there = workers_among(run, nodes.remove_last())
+    go_on.touch()
     assert len(there & {"trainer-0", "engine-0"}) == 1
     lost = RunReader(run)
 
@@ -187,7 +218,7 @@ def test_a_run_over_two_nodes_survives_the_loss_of_one(cli: Cli, nodes: Nodes, u
 
 
 def test_without_a_successor_the_run_ends_clean_and_can_be_resumed(cli: Cli, nodes: Nodes) -> None:
-    wait = ("--worker-start-timeout", "25")
+    wait = ("--worker-start-timeout", "90")
     process = cli.start("train", *SMALL, "--num-rollout", "200", "--address", nodes.url, *wait)
     cli.wait_until(lambda: last_step(cli) >= 4, process)
     nodes.remove_last()
