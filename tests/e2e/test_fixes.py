@@ -22,12 +22,15 @@ LR = 4e-3
 COLLAPSING = ("--profile", "quickstart", "--lr", str(LR), "--save-interval", "4", "--skip-eval-before-train")
 UNHURRIED_REWARD = """
 import time
+from pathlib import Path
 
 def judge(args, sample):
     time.sleep(0.002)
+    while Path("{hold}").exists():
+        time.sleep(0.002)
     return float(sample.response == sample.label and sample.status.value == "completed")
 """
-"""The exact reward at half a second per step: the policy falls in steps, a hand moves in seconds."""
+"""The exact reward at half a second per step, and without an end while there is that file."""
 SIZE = (120, 40)
 Watch = Callable[..., Terminal]
 
@@ -97,17 +100,20 @@ def test_left_alone_the_recipe_dies(untouched: Path) -> None:
 def test_a_live_fix_changes_the_run_at_the_next_step_and_it_recovers(
     cli: Cli, watch: Watch, untouched: Path, tmp_path: Path
 ) -> None:
-    hook = tmp_path / "unhurried.py"
-    hook.write_text(UNHURRIED_REWARD)
+    hook, hold = tmp_path / "unhurried.py", tmp_path / "hold"
+    hook.write_text(UNHURRIED_REWARD.format(hold=hold))
     terminal = watch("train", *COLLAPSING, "--custom-rm-path", f"{hook}:judge", "--watch")
     terminal.wait_for(lambda: a_run(cli) is not None, "a run directory")
     run = a_run(cli)
     assert run is not None
     terminal.wait_for(lambda: "OP8" in raised(run), "the alert of the collapse")
+    hold.touch()  # The policy falls in steps, a hand moves in seconds.
     terminal.wait_for_text("OP8")
     terminal.press("f")
     rate = proposed_lr(terminal)
     terminal.press("enter")
+    terminal.wait_for(lambda: bool(list((run / "control").glob("*.json"))), "the request")
+    hold.unlink()
     terminal.wait_for_text(f"optimizer.lr = {rate:g}")
     terminal.wait_for(lambda: bool(RunReader(run).events("control")), "the answer of the run")
     (answer,) = RunReader(run).events("control")
