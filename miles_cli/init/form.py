@@ -265,8 +265,10 @@ class InitForm(App[dict[str, Value]]):
         """Take the suggestion for the focused question again."""
         row = self._focused_row()
         if row is not None:
+            self.is_settled = self._writes_when_settled = False
             self.given.pop(row.question.id, None)
             row.show("suggested", None, row.why)
+            self._show_head()
             self._look_again()
 
     def action_leave(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -212,7 +213,7 @@ class Terminal:
             start_new_session=True,
         )
         os.close(slave)
-        self.seen = ""
+        self.seen, self.decoder = "", codecs.getincrementaldecoder("utf-8")()
 
     def wait_for(self, text: str) -> None:
         """Read until the text has appeared since the last call."""
@@ -220,7 +221,7 @@ class Terminal:
         while text not in self.seen:
             assert time.monotonic() < deadline, self.seen
             try:
-                self.seen += os.read(self.master, 65536).decode()
+                self.seen += self.decoder.decode(os.read(self.master, 65536))
             except OSError:
                 assert text in self.seen, f"ended before {text!r}: {self.seen}"
         self.seen = self.seen.partition(text)[2]

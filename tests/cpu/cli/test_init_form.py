@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from e2e_support import PATIENCE_S
 from textual.containers import VerticalScroll
 from textual.events import DescendantFocus
 from textual.pilot import Pilot
@@ -49,13 +51,19 @@ def form(steps: Steps, given: dict[str, Value] | None = None, size: tuple[int, i
     return asyncio.run(drive())
 
 
+async def until(pilot: Pilot[dict[str, Value]], condition: Callable[[], bool], otherwise: str) -> None:
+    """Wait for something that the form does meanwhile."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        await pilot.pause(0.02)
+        if condition():
+            return
+        assert time.monotonic() < deadline, otherwise
+
+
 async def settled(app: InitForm, pilot: Pilot[dict[str, Value]]) -> None:
     """Wait until what is shown belongs to the answers as they are."""
-    for _ in range(600):
-        await pilot.pause(0.02)
-        if app.is_settled and app.focused is not None:
-            return
-    raise AssertionError("the form did not settle")
+    await until(pilot, lambda: app.is_settled and app.focused is not None, "the form did not settle")
 
 
 async def type_into(app: InitForm, pilot: Pilot[dict[str, Value]], question: str, text: str) -> None:
@@ -69,11 +77,7 @@ async def empty(app: InitForm, pilot: Pilot[dict[str, Value]], question: str) ->
     """Delete the text of a field; Textual handles such a key after a letter that follows at once."""
     app.rows[question].field.focus()
     await pilot.press("end", "ctrl+u")
-    for _ in range(600):
-        await pilot.pause(0.01)
-        if app.rows[question].text == "":
-            return
-    raise AssertionError("the field was not emptied")
+    await until(pilot, lambda: app.rows[question].text == "", "the field was not emptied")
 
 
 def head(app: InitForm) -> str:
@@ -186,9 +190,11 @@ def test_writing_ends_the_form_with_the_answers_of_the_user(tmp_path: Path) -> N
     assert resolve(run_file=tmp_path / "run.toml").config.rollout.num_rollout == 3
 
 
-def test_a_wish_to_write_waits_for_the_plan() -> None:
+@pytest.mark.parametrize(("key", "given"), [("3", {"num_rollout": 3}), ("ctrl+r", {})])
+def test_a_wish_to_write_waits_for_the_plan(key: str, given: dict[str, Value]) -> None:
     async def steps(app: InitForm, pilot: Pilot[dict[str, Value]]) -> None:
         await empty(app, pilot, "num_rollout")
+        await settled(app, pilot)
         may_look, preview = threading.Event(), app.session.preview
 
         def when_told(interview: Interview) -> Preview:
@@ -196,15 +202,12 @@ def test_a_wish_to_write_waits_for_the_plan() -> None:
             return preview(interview)
 
         app.session.preview = when_told  # type: ignore[method-assign]
-        await pilot.press("3", "ctrl+s")
+        await pilot.press(key, "ctrl+s")
         assert not app.is_settled and app.is_running
         may_look.set()
-        for _ in range(600):
-            if app.return_value is not None:
-                return
-            await pilot.pause(0.02)
+        await until(pilot, lambda: app.return_value is not None, "nothing was written")
 
-    assert form(steps).return_value == {"num_rollout": 3}
+    assert form(steps).return_value == given
 
 
 def test_an_answer_typed_during_a_look_is_not_overwritten_by_it() -> None:

@@ -38,6 +38,8 @@ VIEWS = {
     "filtered": View(query="flip layer"),
     "log-scale": View(preset="numerics", log=True, window=50),
 }
+SETTLES_WITHIN_S = 300
+"""On the busiest machine."""
 REAL, PPO = "real-", "ppo-"
 """Prefixes of the frames of the real runs."""
 PPO_VIEWS = {"ppo-overview": View(), "ppo-critic": View(preset="critic")}
@@ -105,11 +107,13 @@ async def window_frames(width: int, height: int, symbols: str, run: Path) -> dic
 
 async def settled(pilot) -> None:  # type: ignore[no-untyped-def]
     """Wait until the run has been read and the windows have loaded what they show."""
-    for _ in range(200):
+    deadline = time.monotonic() + SETTLES_WITHIN_S
+    while True:
         await pilot.pause()
         busy = [w for w in pilot.app.workers if w.is_running and w.name != "_follow"]
         if pilot.app.scene.run.tracks and not busy:
             break
+        assert time.monotonic() < deadline, f"it did not settle: {busy}"
         await asyncio.sleep(0.01)
     await pilot.pause()
 

@@ -189,6 +189,10 @@ def with_siblings() -> Callable[[TrainBatch], TrainBatch]:
     return pair
 
 
+TO_END_S = 30
+"""Of a rank that nobody asks anything more."""
+
+
 class RankLost(AssertionError):
     """A rank died or hung; `codes` are the exit codes of all ranks, those killed here included."""
 
@@ -212,13 +216,13 @@ class TwoRanks:
         """The result of the same case in one process without a process group."""
         return self._run((0,), True, case, arguments)[0]
 
-    def close(self, patience: float = 10) -> list[int]:
+    def close(self) -> list[int]:
         """End both ranks; their exit codes."""
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
             try:
-                process.wait(patience)
+                process.wait(TO_END_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -253,7 +257,7 @@ class TwoRanks:
                 return self.pipes[rank].recv_bytes()
         except (EOFError, ConnectionResetError):
             pass
-        raise RankLost(rank, self.close(patience=1))
+        raise RankLost(rank, self.close())
 
     def _start(self) -> None:
         for rank in range(2):
