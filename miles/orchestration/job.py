@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from miles.orchestration.checkpoints import CheckpointStore
 from miles.orchestration.lineage import RESTART, Lineage
 from miles.planning import Plan
 from miles.record import RunLayout, Summary, create_run_dir
+from miles.record.json_file import replace_file
 
 KEPT_META = ("submission", "parent")
 """Entries of meta.json that every attempt keeps."""
@@ -91,9 +93,9 @@ def write_identity(
     layout = RunLayout(run_dir)
     layout.make()
     config = resolved.config
-    layout.config_toml.write_text(dump_toml(resolved))
-    layout.config_json.write_text(to_json(resolved))
-    layout.plan.write_text(json.dumps(plan.as_dict(), indent=1, default=str) + "\n")
+    replace_file(layout.config_toml, dump_toml(resolved).encode())
+    replace_file(layout.config_json, to_json(resolved).encode())
+    replace_file(layout.plan, (json.dumps(plan.as_dict(), indent=1, default=str) + "\n").encode())
     kept = {key: value for key, value in read_meta(run_dir).items() if key in KEPT_META}
     meta = {
         "id": run_dir.resolve().name,
@@ -107,7 +109,12 @@ def write_identity(
         "attempt": attempt,
         "started": time.time(),
     }
-    layout.meta.write_text(json.dumps(kept | meta | more, indent=1) + "\n")
+    write_meta(run_dir, kept | meta | more)
+
+
+def write_meta(run_dir: Path, meta: Mapping[str, Any]) -> None:
+    """meta.json, which others may be reading."""
+    replace_file(RunLayout(run_dir).meta, (json.dumps(dict(meta), indent=1) + "\n").encode())
 
 
 def read_meta(run_dir: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import tempfile
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 from miles.config import ResolvedConfig
 from miles.errors import ExitCode, MilesError, RunError, Unavailable
-from miles.orchestration.job import RunOutcome, new_run_dir, read_meta, write_identity
+from miles.orchestration.job import RunOutcome, new_run_dir, read_meta, write_identity, write_meta
 from miles.orchestration.job_order import ORDER_FILE, write_order
 from miles.orchestration.job_wire import WireReader
 from miles.orchestration.observer import Observer
@@ -24,7 +23,7 @@ from miles.orchestration.record_stream import Mirror
 from miles.orchestration.supervisor import Supervisor
 from miles.planning import Plan
 from miles.planning.facts.cluster import auth_headers, job_server, probe
-from miles.record import RunLayout, RunReader
+from miles.record import RunReader
 from miles.record.summary import read_summary
 
 STOP_WAIT_SECONDS = 600
@@ -55,7 +54,7 @@ class Submission:
     def keep(self, run_dir: Path) -> None:
         """Write it into meta.json."""
         meta = read_meta(run_dir) | {"submission": dict(vars(self))}
-        RunLayout(run_dir).meta.write_text(json.dumps(meta, indent=1) + "\n")
+        write_meta(run_dir, meta)
 
 
 def submit(resolved: ResolvedConfig, plan: Plan, observer: Observer, share_files: bool = True) -> RunOutcome:

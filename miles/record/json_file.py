@@ -1,4 +1,4 @@
-"""Small JSON files that are replaced as a whole: meta, config, heartbeat, summary, requests."""
+"""Small files that are replaced as a whole, most of them JSON: meta, config, heartbeat, summary, requests."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from miles.errors import RunError
 from miles.record.encoding import NONFINITE, plain, restore
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Replace `path` atomically: a reader sees the old file or the new one, never a part. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replace `path` atomically by an object. Raises OSError."""
     nonfinite: list[tuple[str | int, ...]] = []
     body = plain(value, (), nonfinite)
     if nonfinite:
         body[NONFINITE] = nonfinite
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    temporary.write_bytes(orjson.dumps(body, default=str, option=orjson.OPT_INDENT_2) + b"\n")
-    os.replace(temporary, path)
+    replace_file(path, orjson.dumps(body, default=str, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
