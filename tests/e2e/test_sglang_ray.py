@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e_support import Cli, summary_of
+from e2e_support import RECORDING_A_STEP, Cli, summary_of
+from preloaded import Pause
 from sglang_support import ATTACHED, TRAIN
 
 from miles.record import RunReader
@@ -34,14 +35,15 @@ def assert_whole(run: Path, steps: int) -> None:
 
 
 def test_weights_are_broadcast_to_a_ray_worker_s_server_and_to_the_one_in_its_place(cli: Cli) -> None:
-    """A process group of the two worker processes; the server is killed once, in whatever it does then."""
+    """A process group of the two worker processes; the server is killed once, between two steps."""
     size = ("--num-rollout", "4", "--sample-records-per-step", "64", "--update-weight-buffer-size", "200000")
     mode = ("--update-weight-transfer-mode", "broadcast", "--check-weight-update-equal")
-    process = cli.start(*TRAIN, *FEW, *size, *mode, "--train-backend", "megatron")
-    cli.wait_until(lambda: last_step(cli) >= 1, process)
+    words = (*TRAIN, *FEW, *size, *mode, "--train-backend", "megatron")
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=2), *words)
     run = cli.only_run()
     worker = next(e["pid"] for e in RunReader(run).events("worker_start") if e["worker"] == "engine-0")
     psutil.Process(worker).children()[0].kill()
+    process.send_signal(signal.SIGCONT)
     _, stderr = cli.outcome(process)
     assert process.returncode == 0, stderr
     assert_whole(run, 4)
@@ -63,17 +65,18 @@ def test_a_killed_megatron_trainer_resumes_by_itself_from_the_last_checkpoint(
 ) -> None:
     """Its successor loads the checkpoint and hands those weights to the server, which went on alone."""
     size = ("--num-rollout", "6", "--save-interval", "2", "--sample-records-per-step", "64")
-    process = cli.start(*TRAIN, *FEW, *size, "--train-backend", "megatron", *ATTACHED, sglang_server.url)
-    cli.wait_until(lambda: last_step(cli) >= 3, process)
+    words = (*TRAIN, *FEW, *size, "--train-backend", "megatron", *ATTACHED, sglang_server.url)
+    process = cli.start_until(Pause(*RECORDING_A_STEP, call=4), *words)
     run = cli.only_run()
     pid = json.loads((run / "heartbeat" / "trainer-0.json").read_text())["pid"]
     os.kill(pid, signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
     _, stderr = cli.outcome(process)
     assert process.returncode == 0, stderr
     assert "restarted: trainer-0" in stderr
     reader = RunReader(run)
     assert [event["worker"] for event in reader.events("worker_dead")] == ["trainer-0"]
-    assert reader.attempt == 2 and reader.history.resumes[2] in (2, 4)
+    assert reader.attempt == 2 and reader.history.resumes[2] == 2
     assert summary_of(run)["status"] == "finished" and summary_of(run)["steps"] == 6
     assert_whole(run, 6)
     assert sglang_server.ended is None
@@ -98,7 +101,3 @@ def test_a_server_goes_on_while_weights_change_under_it(cli: Cli, sglang_server:
         assert rows[step]["route/replayed_rows_frac"] == 1.0
     assert max(row["rollout/fully_async/stale_ratio"] for row in rows.values()) > 0
     assert sglang_server.ended is None
-
-
-def last_step(cli: Cli) -> int:
-    return max((RunReader(run).history.last_step or 0 for run in cli.runs.glob("*-*")), default=0)
