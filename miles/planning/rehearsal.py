@@ -57,7 +57,7 @@ def sizes(
         *_model(config, *where),
         *_rollout(config),
         *_cluster(config),
-        *_engine(config, has_server),
+        *_engine(config, spec, has_server),
         *_trainer(config, spec, processes),
     ]
     return tuple(change for change in changes if change.old != change.new)
@@ -129,16 +129,14 @@ def _cluster(config: RunConfig) -> Iterator[Change]:
     yield _change(config, "cluster.colocate", False, turns)
 
 
-def _engine(config: RunConfig, has_server: bool) -> Iterator[Change]:
+def _engine(config: RunConfig, spec: ArchSpec, has_server: bool) -> Iterator[Change]:
     if config.rollout.backend != "sglang":
         return
-    if not has_server:
-        yield _change(
-            config,
-            "rollout.backend",
-            "native",
-            "SGLang is not installed here: `make sglang-cpu` makes its environment",
-        )
+    missing = "" if has_server else "SGLang is not installed here: `make sglang-cpu` makes its environment"
+    if spec.has_indexer:
+        missing = "SGLang's attention to the keys of an indexer needs a GPU"
+    if missing:
+        yield _change(config, "rollout.backend", "native", missing)
         return
     args = config.sglang.server_args()
     for name in ("mem_fraction_static", "expert_parallel_size", "ep_size", "tp_size", "dp_size"):

@@ -142,6 +142,20 @@ def nothing_to_read_with(subject: Subject) -> Iterator[Found]:
         yield Found("eval_min_new_tokens with skip_tokenizer_init", "eval.eval_min_new_tokens")
 
 
+@rule(
+    "SRV7",
+    Severity.ERROR,
+    title="an indexer in a server without CUDA",
+    cause="SGLang runs the sparse attention of DeepSeek-V3.2 on CUDA devices alone, and a server on a CPU "
+    "ends as it starts",
+    fix="--rollout-backend native",
+)
+def indexer_without_cuda(subject: Subject) -> Iterator[Found]:
+    spec = subject.spec
+    if subject.starts_servers and not subject.on_gpus and spec is not None and spec.has_indexer:
+        yield Found(f"{spec.family} in SGLang on a CPU", "rollout.backend")
+
+
 _INSTEAD = {
     "context_length": "use --rollout-max-context-len",
     "host": "attach to servers that you started: --rollout-external-engine-addrs http://host:port",

@@ -89,6 +89,13 @@ def test_a_server_that_is_there_is_used(tmp_path: Path) -> None:
     assert "sglang.mem_fraction_static" in changes
 
 
+def test_an_indexer_is_rehearsed_with_the_native_engine_and_megatron(tmp_path: Path) -> None:
+    flags = f"--model-name deepseek-v3.2 {a_server(tmp_path / 'servers')}"
+    _, changes, plan = planned("deepseek-v3-fp8", flags)
+    assert (plan.engine, plan.trainer) == ("native", "megatron")
+    assert "indexer needs a GPU" in changes["rollout.backend"].why
+
+
 def test_int4_is_rehearsed_on_both_sides_or_on_none(tmp_path: Path) -> None:
     name = "deepseek-v3-int4-single-node"
     changed, _, plan = planned(name)

@@ -762,6 +762,10 @@ CASES: dict[str, tuple[Case, Case]] = {
             facts=served("0.5.20"),
         ),
     ),
+    "SRV7": (
+        Case("--rollout-backend sglang --actor-num-gpus-per-node 0", facts=indexed),
+        Case("--rollout-backend native --actor-num-gpus-per-node 0", facts=indexed),
+    ),
     "CKP1": (
         scaled("--load runs/a/checkpoints/step-000020 --start-rollout-id 5"),
         scaled("--load runs/a/checkpoints/step-000020 --start-rollout-id 20"),
