@@ -213,6 +213,11 @@ def outcomes(
         for name, spec in ((name, family_spec(name)) for name in FAMILIES)
     }
     cases = {f"{name}, {kind}": ("train", how[name] | {"layout": LAYOUTS[kind]}) for name, kind in CUTS}
+    saved, indexed = root / "saved", how["deepseek_v32"]
+    saved.mkdir()
+    first, other = (LAYOUTS[kind] for kind in ("TP2 with sequence parallelism and EP2", "PP2"))
+    cases["saved"] = ("train", indexed | {"layout": first, "save": saved, "dist_checkpoints": True})
+    cases["loaded"] = ("go_on", indexed | {"layout": other, "load": saved, "batches": []})
     alone = {name: ("train", how[name] | {"layout": MegatronLayout()}) for name in FAMILIES}
     two: dict[str, Any] = world(2, root / "two", cases)[0]
     one: dict[str, Any] = world(1, root / "one", alone)[0]
@@ -228,3 +233,10 @@ def test_two_processes_equal_one(name: str, layout: str, outcomes: dict[str, Any
         assert row == pytest.approx(right, rel=1e-3, abs=1e-4)
     for key, tensor in weights.items():
         assert (tensor - alone[key]).abs().mean() <= 1e-5, key
+
+
+@pytest.mark.slow
+def test_a_torch_dist_checkpoint_with_indexers_is_read_in_another_layout(outcomes: dict[str, Any]) -> None:
+    (_, written), (_, read, _) = outcomes["saved"], outcomes["loaded"]
+    assert any(".indexer." in key for key in read)
+    assert all(torch.equal(tensor, written[key]) for key, tensor in read.items())
