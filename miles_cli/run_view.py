@@ -176,6 +176,13 @@ def _restart_failed(fields: Mapping[str, Any]) -> str:
     )
 
 
+def _resumed_between_updates(fields: Mapping[str, Any]) -> str:
+    return (
+        f"warning: step {fields['step']} lies between two updates of the engines' weights (every "
+        f"{fields['interval']} steps); they go on with its weights, where they had older ones"
+    )
+
+
 def _kernel_not_built(fields: Mapping[str, Any]) -> str:
     return f"torch decodes: {fields['reason']}"
 
@@ -204,9 +211,19 @@ EVENT_TEXTS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "restart": _restart,
     "restart_failed": _restart_failed,
     "node_lost": _node_lost,
+    "resumed_between_updates": _resumed_between_updates,
     "kernel_not_built": _kernel_not_built,
     "kernel_not_exact": _kernel_not_exact,
 }
 
-ALWAYS_SAID = ("alert", "non_finite", "worker_dead", "restart", "restart_failed", "node_lost", "stopping")
+ALWAYS_SAID = (
+    "alert",
+    "non_finite",
+    "worker_dead",
+    "restart",
+    "restart_failed",
+    "node_lost",
+    "resumed_between_updates",
+    "stopping",
+)
 """Said even under `--quiet`."""

@@ -25,7 +25,7 @@ from miles.orchestration.supervisor import STOP_AFTER_SKIPPED_STEPS, Supervisor
 from miles.orchestration.turns import NoTurns, Turns
 from miles.orchestration.watch import Watch
 from miles.orchestration.weight_sync import WeightSync
-from miles.record import Inbox, RecordWriter, Request
+from miles.record import Inbox, RecordWriter, Request, events
 from miles.training.native.gap_watch import ALIGNMENT_BROKEN
 from miles.training.trainer import TrainResult
 
@@ -362,6 +362,11 @@ class Driver:
         await self.trainer.set_knobs(patch)
         if state.sampling_knobs:
             await self.rollout.set_knobs(state.sampling_knobs)
+        if state.step % self.schedule.update_weights_interval:
+            # No checkpoint holds the older weights that the engines had.
+            fields = {"step": state.step, "interval": self.schedule.update_weights_interval}
+            self.record.event(events.RESUMED_BETWEEN_UPDATES, **fields)
+            self.observer.on_event(events.RESUMED_BETWEEN_UPDATES, fields)
 
     async def _keep_step(self, step: int, samples: Sequence[Sample]) -> None:
         run_dir = self.record.layout.root

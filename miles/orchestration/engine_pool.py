@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from miles.errors import MilesError
 from miles.orchestration.seats import Seat, Worker, call
 from miles.orchestration.worker_loss import WorkerLost
-from miles.rollout.engine import EngineHealth, GenerateOutput, GenerateRequest
+from miles.rollout.engine import EngineHealth, GenerateOutput, GenerateRequest, unstarted
 
 Answer = list[GenerateOutput] | MilesError
 
@@ -49,8 +50,19 @@ class _Lane:
     seat: Seat[RemoteEngine]
     waiting: list[_Call] = field(default_factory=list)
     """Calls of this turn of the event loop; they leave together, so that the engine batches them."""
+    unanswered: list[_Call] = field(default_factory=list)
     in_flight: int = 0
     """Tokens of requests that are not answered: their prompts, and the responses at their longest."""
+
+    async def abort(self, groups: Collection[int] | None) -> int:
+        """What an engine that is gone was asked ends with nothing, and its successor is not asked."""
+        if not self.seat.vacant:
+            with suppress(WorkerLost):
+                return await self.seat.worker.abort(groups)
+        cut = [one for one in self.unanswered if groups is None or one.requests[0].group in groups]
+        for one in cut:
+            _settle(one, [unstarted() for _ in one.requests])
+        return sum(len(one.requests) for one in cut)
 
 
 class EnginePool:
@@ -72,15 +84,16 @@ class EnginePool:
         lane.waiting.append(call)
         tokens = sum(len(request.input_ids) + request.sampling.max_new_tokens for request in requests)
         lane.in_flight += tokens
+        lane.unanswered.append(call)
         try:
             return await call.done
         finally:
             lane.in_flight -= tokens
+            lane.unanswered.remove(call)
 
     async def abort(self, groups: Collection[int] | None = None) -> int:
         """End the requests of these groups (None: all) with what they have; returns how many."""
-        counts = await asyncio.gather(*(call(lane.seat, lambda e: e.abort(groups)) for lane in self._lanes))
-        return sum(counts)
+        return sum(await asyncio.gather(*(lane.abort(groups) for lane in self._lanes)))
 
     async def measurements(self) -> list[dict[str, float]]:
         """`metrics` of every engine."""
@@ -123,9 +136,10 @@ class EnginePool:
                 check.cancel()
 
     def _lane_of(self, group: int | None) -> _Lane:
-        """The engine that has the group's prompt, else the one with the least to do."""
-        known = None if group is None else self._group_lane.get(group)
-        lane = known or min(self._lanes, key=lambda lane: lane.in_flight)
+        """The engine that has the group's prompt, else the one with the least to do; one that is there."""
+        lane = None if group is None else self._group_lane.get(group)
+        if lane is None or lane.seat.vacant:
+            lane = min(self._lanes, key=lambda lane: (lane.seat.vacant, lane.in_flight))
         if group is not None:
             self._group_lane[group] = lane
         return lane
@@ -148,8 +162,9 @@ class EnginePool:
 async def _serve(seat: Seat[RemoteEngine], calls: Sequence[_Call]) -> None:
     """Answer every call once; what a lost engine had not answered is asked of its successor."""
     unanswered = list(calls)
-    while unanswered:
-        engine, asked = seat.worker, list(unanswered)
+    # Nobody waits any more for one that was aborted, or cancelled.
+    while asked := [call for call in unanswered if not call.done.done()]:
+        engine = seat.worker
         try:
             async for index, answer in engine.generate([call.requests for call in asked]):
                 unanswered.remove(asked[index])

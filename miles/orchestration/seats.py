@@ -52,6 +52,11 @@ class Seat(Generic[W]):
         assert self._worker is not None, f"{self.name} was not started"
         return self._worker
 
+    @property
+    def vacant(self) -> bool:
+        """Whether another worker is being started in its place."""
+        return self._replacing.locked()
+
     async def fill(self) -> None:
         """Start the first worker."""
         self._worker = await self._launch()

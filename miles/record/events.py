@@ -20,6 +20,7 @@ WORKER_DEAD = "worker_dead"
 RESTART = "restart"
 RESTART_FAILED = "restart_failed"
 NODE_LOST = "node_lost"
+RESUMED_BETWEEN_UPDATES = "resumed_between_updates"
 NON_FINITE = "non_finite"
 ROUTES_MISSING = "routes_missing"
 BAD_ROW = "bad_row"
@@ -44,6 +45,7 @@ REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
     RESTART: ("worker",),
     RESTART_FAILED: ("worker", "reason"),
     NODE_LOST: ("address", "workers"),
+    RESUMED_BETWEEN_UPDATES: ("step", "interval"),
     NON_FINITE: ("step", "tensor", "what", "count"),
     ROUTES_MISSING: ("step", "what", "count"),
     BAD_ROW: ("file", "line", "reason"),
@@ -55,4 +57,5 @@ REQUIRED_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """`non_finite`: `what` is loss, gradient, logits, log_probs or weight; `tensor` is its published name.
 `routes_missing`: `what` says which samples came without routed experts or with a wrong shape.
+`resumed_between_updates`: the engines go on with the weights of `step`, where they had older ones.
 `numerics`: what exact numerics were found on the machine, in words, by operation."""

@@ -130,6 +130,18 @@ class GenerateOutput:
     stop_string: str | None = None
 
 
+def unstarted() -> GenerateOutput:
+    """Of a request that was aborted before it began."""
+    return GenerateOutput(
+        output_ids=[],
+        log_probs=np.zeros(0, dtype=np.float32),
+        routed_experts=None,
+        finish_reason="abort",
+        weight_versions=[],
+        cached_tokens=0,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineHealth:
     """`ok` is False when the engine can no longer answer; `reason` says why."""

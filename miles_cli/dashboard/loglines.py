@@ -15,6 +15,7 @@ _LEVELS = {
     kinds.WORKER_DEAD: "critical",
     kinds.NODE_LOST: "critical",
     kinds.RESTART_FAILED: "warning",
+    kinds.RESUMED_BETWEEN_UPDATES: "warning",
     kinds.NON_FINITE: "critical",
     kinds.ROUTES_MISSING: "warning",
     kinds.BAD_ROW: "warning",

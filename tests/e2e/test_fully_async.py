@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 from pathlib import Path
 
@@ -42,6 +44,31 @@ def test_the_reward_rises_under_a_bound_on_staleness_also_over_a_kill(cli: Cli) 
     assert max(row["rollout/fully_async/stale_ratio"] for row in rows.values()) > 0
     assert max(row["rollout/weight_version/mixed_version_ratio"] for row in rows.values()) > 0
     assert_every_prompt_once(run, reader)
+
+
+def test_engines_that_are_killed_under_it_cost_no_sample_and_double_none(cli: Cli) -> None:
+    """Both at once, while the loop stands still and they draw; and one of their successors."""
+    pause = Pause(*RECORDING_A_STEP, call=4)
+    process = cli.start_until(pause, *FLOW, "--executor", "ray", "--num-engines", "2")
+    run = cli.only_run()
+    for engine in ("engine-0", "engine-1"):
+        os.kill(pid_of(run, engine), signal.SIGKILL)
+    process.send_signal(signal.SIGCONT)
+    cli.wait_until(lambda: len(RunReader(run).events("restart")) == 2, process)
+    os.kill(pid_of(run, "engine-1"), signal.SIGKILL)
+    _, stderr = cli.outcome(process)
+    assert process.returncode == 0, stderr
+    reader = RunReader(run)
+    lost = sorted(event["worker"] for event in reader.events("worker_dead"))
+    assert lost == ["engine-0", "engine-1", "engine-1"] and reader.attempt == 1
+    rows = {row.step: row.metrics for row in reader.rows() if row.step}
+    assert sorted(rows) == list(range(1, STEPS + 1))
+    assert max(row["rollout/fully_async/max_staleness"] for row in rows.values()) <= 1
+    assert_every_prompt_once(run, reader)
+
+
+def pid_of(run: Path, worker: str) -> int:
+    return int(json.loads((run / "heartbeat" / f"{worker}.json").read_text())["pid"])
 
 
 def assert_every_prompt_once(run: Path, reader: RunReader) -> None:

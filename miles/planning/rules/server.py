@@ -76,8 +76,7 @@ def not_on_disk(subject: Subject) -> Iterator[Found]:
     Severity.ERROR,
     title="weights that a broadcast does not bring there",
     cause="SGLang hands what is broadcast to the policy alone, and its draft keeps its weights; servers that "
-    "others started are reached on this machine only; NCCL has no group of two ranks on one GPU; and a "
-    "server that is replaced while the trainer learns beside it needs weights that nobody holds any more",
+    "others started are reached on this machine only; NCCL has no group of two ranks on one GPU",
     fix="--update-weight-transfer-mode tensor",
 )
 def broadcast_does_not_reach(subject: Subject) -> Iterator[Found]:
@@ -95,10 +94,6 @@ def broadcast_does_not_reach(subject: Subject) -> Iterator[Found]:
         yield Found(f"broadcast to {elsewhere[0]}", setting)
     if subject.on_gpus and config.cluster.colocate:
         yield Found("broadcast to servers on the trainer's GPUs", setting)
-    if config.rollout.one_step_ahead or config.rollout.fully_async:
-        yield Found("broadcast, and a trainer that learns beside the rollout", setting)
-    if config.weight_sync.update_weights_interval > 1:
-        yield Found("broadcast, and rollouts of older weights than the trainer's", setting)
 
 
 @rule(

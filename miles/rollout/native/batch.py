@@ -14,7 +14,7 @@ import torch
 
 from miles.data.sample import SpecInfo
 from miles.errors import RunError
-from miles.rollout.engine import FinishReason, GenerateOutput
+from miles.rollout.engine import FinishReason, GenerateOutput, unstarted
 from miles.rollout.native.draft import SlotState, SpeculationSettings
 from miles.rollout.native.fused.runner import MOST_STEPS, FusedRunner
 from miles.rollout.native.prompt_reading import PromptReading
@@ -102,8 +102,8 @@ class ContinuousBatch:
     @torch.inference_mode()
     def abort(self, chosen: Callable[[Ticket], bool]) -> list[Finished]:
         """End the chosen requests with what they have."""
-        unstarted = [(ticket, _nothing()) for ticket in self.scheduler.withdraw(chosen)]
-        return unstarted + self._finish(self.scheduler.slots_of(chosen), aborted=True)
+        waiting = [(ticket, unstarted()) for ticket in self.scheduler.withdraw(chosen)]
+        return waiting + self._finish(self.scheduler.slots_of(chosen), aborted=True)
 
     def set_version(self, version: int) -> None:
         """From now on tokens are of this weight version. Running requests keep their keys and values."""
@@ -334,17 +334,6 @@ class ContinuousBatch:
             why="a weight is NaN or infinite, or an activation overflowed",
             fix="resume from the last good checkpoint; miles diagnose names the step that broke it",
         )
-
-
-def _nothing() -> GenerateOutput:
-    return GenerateOutput(
-        output_ids=[],
-        log_probs=np.zeros(0, dtype=np.float32),
-        routed_experts=None,
-        finish_reason="abort",
-        weight_versions=[],
-        cached_tokens=0,
-    )
 
 
 def _output(

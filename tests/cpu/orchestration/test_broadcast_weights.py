@@ -237,8 +237,9 @@ def test_a_server_that_is_lost_while_all_meet_takes_no_other_with_it(
 ) -> None:
     monkeypatch.setattr(weight_group, "LINGER_S", 0.0)
     monkeypatch.setattr(broadcast_weights, "GRACE_S", 0.5 if hangs else 30.0)
+    usual = weight_group.MEET_S
     if hangs:
-        monkeypatch.setattr(weight_group, "MEET_S", 0.3)
+        monkeypatch.setattr(weight_group, "MEET_S", 0.5)
 
     async def scenario() -> None:
         async with staged(4) as stage:
@@ -250,10 +251,10 @@ def test_a_server_that_is_lost_while_all_meet_takes_no_other_with_it(
                 # The others wait for it in the trainer's store.
                 while not all(server.met for server in servers if server is not lost):
                     await asyncio.sleep(0)
-                if not hangs:
-                    lost.die()
-                    return 200, None
-                await asyncio.sleep(3600)
+                if hangs:
+                    monkeypatch.setattr(weight_group, "MEET_S", usual)
+                    await asyncio.sleep(3600)
+                lost.die()
 
             lost._on_init_weights_update_group = fails  # type: ignore[method-assign]
             await stage.sync.send(1)
@@ -264,6 +265,20 @@ def test_a_server_that_is_lost_while_all_meet_takes_no_other_with_it(
             (failed,) = stage.events("weight_sync_failed")
             assert failed["version"] == 1 and failed["lost"] == ["engine-1"]
             assert ("had come" in failed["reason"]) == hangs
+
+    run(scenario)
+
+
+def test_a_server_that_is_gone_already_is_missed_before_the_others_meet() -> None:
+    async def scenario() -> None:
+        async with staged(3) as stage:
+            assert stage.sync is not None
+            survivors = stage.serving()[1:]
+            stage.serving()[0].die()
+            await stage.sync.send(1)
+            stage.assert_held(1)
+            assert stage.serving()[1:] == survivors
+            assert [server.paths.count(JOIN) for server in survivors] == [1, 1], "the meeting of all three"
 
     run(scenario)
 

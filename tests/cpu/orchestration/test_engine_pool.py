@@ -302,6 +302,72 @@ def test_health_checks_of_one_engine_do_not_wait_for_the_start_of_another() -> N
     run(scenario)
 
 
+class Replacing:
+    """Two engines, the first of which dies while it draws; its successor starts when it is let."""
+
+    def __init__(self) -> None:
+        self.dying, self.other, self.successor = (
+            ScriptedEngine(hangs=True),
+            ScriptedEngine(),
+            ScriptedEngine(),
+        )
+        self.may_start = asyncio.Event()
+        waiting = iter([self.dying, self.other, self.successor])
+
+        async def launch() -> ScriptedEngine:
+            engine = next(waiting)
+            if engine is self.successor:
+                await self.may_start.wait()
+            return engine
+
+        self.seats = [Seat(f"engine-{i}", launch, 3, lambda kind, **fields: None) for i in range(2)]
+
+    async def pool(self) -> EnginePool:
+        for seat in self.seats:
+            await seat.fill()
+        return EnginePool(self.seats)
+
+    async def lose(self) -> None:
+        while not self.dying.batches:
+            await asyncio.sleep(0)
+        self.dying.kill()
+        while not self.seats[0].vacant:
+            await asyncio.sleep(0)
+
+
+def test_what_is_aborted_does_not_wait_for_a_lost_engine_s_successor_which_is_not_asked() -> None:
+    async def scenario() -> None:
+        engines = Replacing()
+        pool = await engines.pool()
+        sizes = {0: 2, 1: 4, 2: 2}
+        asked = [asyncio.create_task(pool.generate(group(n, size))) for n, size in sizes.items()]
+        await engines.lose()
+        assert await pool.abort({0}) == 2 + 1, "two of the lost engine's, one that the other says"
+        cut = await asked[0]
+        assert [(output.output_ids, output.finish_reason) for output in cut] == [([], "abort")] * 2
+        engines.may_start.set()
+        assert [output.output_ids for output in await asked[2]] == [[200], [201]]
+        assert engines.successor.batches == [[200]]
+        await asked[1]
+
+    run(scenario)
+
+
+def test_new_groups_go_to_an_engine_that_is_there() -> None:
+    async def scenario() -> None:
+        engines = Replacing()
+        pool = await engines.pool()
+        asked = asyncio.create_task(pool.generate(group(0)))
+        await engines.lose()
+        for number in (7, 8, 0):
+            assert [output.output_ids for output in await pool.generate(group(number))] == [[number * 100]]
+        assert engines.other.batches == [[700], [800], [0]]
+        engines.may_start.set()
+        await asked
+
+    run(scenario)
+
+
 def test_an_attempt_that_ends_in_a_pause_starts_no_engine() -> None:
     async def scenario() -> None:
         crew = Crew(ScriptedEngine(), NOT_STARTED, ScriptedEngine(), seats=1)

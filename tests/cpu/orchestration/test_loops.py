@@ -293,3 +293,17 @@ def test_a_live_setting_of_the_engine_is_kept_in_the_checkpoint(tmp_path: Path) 
     later = World()
     asyncio.run(begin(later, tmp_path, steps=2, attempt=2))
     assert later.knobs == {STEPS: 2}
+
+
+@pytest.mark.parametrize(("step", "told"), [(2, []), (3, [3])])
+def test_a_run_that_is_resumed_between_two_updates_says_that_its_weights_are_newer(
+    step: int, told: list[int], tmp_path: Path
+) -> None:
+    turn(synchronous, World(), tmp_path, steps=step, interval=2)
+    world = World()
+    turn(synchronous, world, tmp_path, steps=5, attempt=2, interval=2)
+    assert [e["step"] for e in RunReader(tmp_path).events("resumed_between_updates")] == told
+    sampled = [entry for entry in world.log if entry.startswith("sample ")]
+    # Without the interruption: steps 3 and 4 by 2, step 5 by 4.
+    whole = ["sample 3 by 2", "sample 4 by 2", "sample 5 by 4"]
+    assert sampled == (whole if step == 2 else ["sample 4 by 3", "sample 5 by 4"])
