@@ -8,7 +8,7 @@ from pathlib import Path
 
 from textual import work
 from textual.app import App, ComposeResult
-from textual.events import Event
+from textual.events import Event, Key
 from textual.message import Message
 from textual.widgets import Input
 
@@ -88,6 +88,8 @@ class BoardApp(App[None]):
         self._follower.stop()
 
     async def on_event(self, event: Event) -> None:
+        if isinstance(event, Key) and not self.screen_stack:
+            return  # leaving: the screen is gone before the last of its keys
         keys = parted(event)
         if keys is None or event.is_forwarded:
             await super().on_event(event)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -103,6 +103,14 @@ async def window_frames(width: int, height: int, symbols: str, run: Path) -> dic
             await pilot.press("escape")
             await pilot.pause()
     return found
+
+
+async def until(pilot, condition: Callable[[], bool]) -> None:  # type: ignore[no-untyped-def]
+    """Wait for something that the dashboard does by itself."""
+    deadline = time.monotonic() + SETTLES_WITHIN_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        await pilot.pause(0.02)
 
 
 async def settled(pilot) -> None:  # type: ignore[no-untyped-def]

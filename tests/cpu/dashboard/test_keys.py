@@ -6,12 +6,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from frames import RUN, at_rest, screen_text, settled
+from frames import RUN, at_rest, screen_text, settled, until
 from textual.events import Key
 
 from miles_cli.dashboard.actions import ACTIONS, BOARD, actions_of
 from miles_cli.dashboard.alerts_window import AlertsWindow, FixWindow
-from miles_cli.dashboard.escape_key import SOON_S
 from miles_cli.dashboard.logs_window import LogWindow
 from miles_cli.dashboard.samples_window import SamplesWindow
 from miles_cli.dashboard.stage import Stage
@@ -137,13 +136,9 @@ def test_a_filter_is_typed_live_and_cleared_by_escape() -> None:
 def test_the_palette_finds_a_layer_and_shows_it() -> None:
     async def script(pilot, app: WatchApp) -> None:  # type: ignore[no-untyped-def]
         await pilot.press("colon", *"layer 2")
-        for _ in range(60):
-            await pilot.pause(0.02)
-            if "layer_2" in screen_text(app):
-                break
+        await until(pilot, lambda: "layer_2" in screen_text(app))
         await pilot.press("enter")
-        await pilot.pause(0.1)
-        assert app.view.pinned == ("route/flip_frac/layer_2",)
+        await until(pilot, lambda: app.view.pinned == ("route/flip_frac/layer_2",))
         assert "counted from 0" in shown(app)
 
     drive(script)
@@ -168,14 +163,12 @@ def test_escape_and_a_key_in_one_packet_are_two_keys() -> None:
             await pilot.press("f")
             assert isinstance(app.screen, FixWindow)
             app.post_message(event)
-            await pilot.pause(4 * SOON_S)
-            assert isinstance(app.screen, reached)
+            await until(pilot, lambda window=reached: isinstance(app.screen, window))
             await pilot.press("escape")
         await pilot.press("slash", "g")
         app.post_message(Key("alt+q", "q"))
-        await pilot.pause(4 * SOON_S)
+        await until(pilot, lambda: not app.is_running)
         assert app.view.query == ""
-        assert not app.is_running
 
     drive(script)
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 
-from frames import settled
+from frames import settled, until
 
 from miles.record import Inbox, RecordWriter, RunStatus
 from miles_cli.dashboard.follower import INTERVAL
@@ -19,13 +19,6 @@ def write_steps(run: Path, first: int, count: int) -> None:
     with RecordWriter(run, attempt=2, heartbeat_interval=3600) as writer:
         for step in range(first, first + count):
             writer.metrics(step, {"rollout/raw_reward": 0.5, "train/loss": 0.1})
-
-
-async def until(pilot, condition) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        await pilot.pause(0.02)
 
 
 def test_new_steps_appear_and_a_frozen_view_stays(live_run: Path) -> None:
