@@ -21,7 +21,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from e2e_support import PATIENCE_S, Cli, summary_of
+from e2e_support import PATIENCE_S, SAMPLING, Cli, summary_of
+from preloaded import Pause
 from sglang_support import ATTACHED, CONTEXT, PYTHON, REPOSITORY, TRAIN, sample_of, serving, settle
 
 from miles.arch import ArchSpec, load_spec
@@ -82,10 +83,14 @@ def requests(count: int, new: int = 24) -> list[GenerateRequest]:
     ]
 
 
-async def decoding(engine: SglangEngine) -> None:
-    """Return when requests run in the server."""
+TRIES = 20
+"""Of a test that must meet requests under way: a busy machine may let one moment pass."""
+
+
+async def decoding(engine: SglangEngine, answer: asyncio.Task[list[GenerateOutput]]) -> None:
+    """Return when requests run in the server, or have all been answered."""
     running = 0
-    while not running:
+    while not running and not answer.done():
         loads = (await engine.http.get("/v1/loads")).json()["loads"]
         running = sum(load["num_running_reqs"] for load in loads)
 
@@ -269,30 +274,33 @@ def test_only_tensors_that_changed_are_sent_again(engine: SglangEngine, checkpoi
 def test_weights_that_change_in_the_middle_of_a_response_are_named(
     engine: SglangEngine, checkpoint: Path
 ) -> None:
-    async def scenario() -> None:
-        await engine.receive_weights(moved(checkpoint, seed=4), version=1)
+    async def scenario(before: int, after: int) -> bool:
+        await engine.receive_weights(moved(checkpoint, seed=4), version=before)
         answer = asyncio.create_task(engine.generate(requests(8, new=140)))
-        await decoding(engine)
-        await engine.receive_weights(moved(checkpoint, seed=5), version=2)
+        await decoding(engine, answer)
+        await engine.receive_weights(moved(checkpoint, seed=5), version=after)
+        told = []
         for output in await answer:
-            versions = [version for version, _ in output.weight_versions]
-            assert versions == [1, 2] and len(output.output_ids) == 140
+            told.append([version for version, _ in output.weight_versions])
+            assert set(told[-1]) <= {before, after} and len(output.output_ids) == 140
             assert output.routed_experts is not None and (output.routed_experts >= 0).all()
+        return told == [[before, after]] * 8
 
-    settle(scenario())
+    assert any(settle(scenario(before, before + 1)) for before in range(1, 2 * TRIES, 2))
 
 
 def test_an_abort_keeps_what_was_sampled(engine: SglangEngine, checkpoint: Path) -> None:
-    async def scenario() -> None:
+    async def scenario() -> bool:
         await engine.receive_weights(moved(checkpoint, seed=4), version=1)
         answer = asyncio.create_task(engine.generate(requests(8, new=140)))
-        await decoding(engine)
-        assert await engine.abort({0}) == 8
+        await decoding(engine, answer)
+        aborted = await engine.abort({0})
         outputs = await answer
-        assert {output.finish_reason for output in outputs} == {"abort"}
-        assert all(len(output.output_ids) == len(output.log_probs) < 140 for output in outputs)
+        for output in outputs:
+            assert len(output.output_ids) == len(output.log_probs) <= 140
+        return aborted == sum(output.finish_reason == "abort" for output in outputs) == 8
 
-    settle(scenario())
+    assert any(settle(scenario()) for _ in range(TRIES))
 
 
 def test_memory_is_given_back_and_taken_again(engine: SglangEngine, checkpoint: Path) -> None:
@@ -395,13 +403,16 @@ def test_a_server_killed_in_the_middle_of_a_rollout_is_replaced(cli: Cli) -> Non
         "--sample-records-per-step",
         "128",
     )
-    process = cli.start(*TRAIN, *size, "--check-weight-update-equal", "--skip-eval-before-train")
-    cli.wait_until(lambda: _sampling(cli, step=2), process)
-    time.sleep(0.3)  # into the middle of it: answers of the step are under way
+    words = (*TRAIN, *size, "--check-weight-update-equal", "--skip-eval-before-train")
+    process = cli.start_until(Pause(*SAMPLING, call=2), *words)
     run = cli.only_run()
-    victim = next(
-        e["pid"] for e in RunReader(run).events() if e["kind"] == "worker_start" and e["worker"] == "engine-0"
-    )
+    victim = next(e["pid"] for e in RunReader(run).events("worker_start") if e["worker"] == "engine-0")
+    # The run waits for what this server has been asked.
+    os.killpg(victim, signal.SIGSTOP)
+    process.send_signal(signal.SIGCONT)
+    cli.wait_until(lambda: _in_rollout(run, step=2), process)
+    time.sleep(0.3)  # Its requests are on their way: lost with it, or asked of the next one.
+    assert _in_rollout(run, step=2)
     os.kill(victim, signal.SIGKILL)
     _, err = cli.outcome(process)
     assert process.returncode == 0, err
@@ -420,12 +431,8 @@ def test_a_server_killed_in_the_middle_of_a_rollout_is_replaced(cli: Cli) -> Non
     assert all(len(set(event["checksums"].values())) == 1 for event in compared)
 
 
-def _sampling(cli: Cli, step: int) -> bool:
-    """Whether the run is in the rollout of a step."""
-    if not cli.runs.is_dir() or not any(cli.runs.iterdir()):
-        return False
-    phases = RunReader(cli.only_run()).phases()
-    return any(phase.name == "rollout" and phase.step == step and phase.seconds is None for phase in phases)
+def _in_rollout(run: Path, step: int) -> bool:
+    return ("rollout", step) in [(phase.name, phase.step) for phase in RunReader(run).history.open_phases()]
 
 
 @pytest.mark.parametrize(("transport", "trainer"), [("disk", "native"), ("broadcast", "megatron")])
