@@ -16,7 +16,7 @@ from miles.algorithms.losses import PolicyLossSettings
 from miles.arch import ArchSpec, load_spec, optional_copies, spec_from_hf_config
 from miles.arch.precision import NumberFormat, precision_policy
 from miles.data.batch import TrainBatch
-from miles.errors import CheckpointError
+from miles.errors import CheckpointError, RunError
 from miles.models.decoder import Decoder
 from miles.models.mtp import MtpDraft
 from miles.training.megatron.layout import MegatronLayout
@@ -152,6 +152,18 @@ def test_indexers_stay_as_published_and_a_run_goes_on_bit_for_bit(
     whole.load(tmp_path)
     whole.train_step(second)
     assert [key for key, tensor in weights().items() if not torch.equal(tensor, after[key])] == []
+
+
+def test_under_an_indexer_an_mtp_layer_does_not_go_on_from_its_guesses(
+    make_batch: Callable[..., TrainBatch],
+) -> None:
+    """SPC8."""
+    spec = family_spec("deepseek_v32")
+    trainer = MegatronTrainer(spec, replace(settings_of(spec), mtp_training_steps=2))
+    trainer.init_weights(0)
+    with pytest.raises(RunError, match="indexer") as refused:
+        trainer.train_step(make_batch(spec))
+    assert "--mtp-training-steps 1" in str(refused.value)
 
 
 @pytest.mark.slow
