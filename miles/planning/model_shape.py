@@ -74,7 +74,7 @@ def model_shape(spec: ArchSpec) -> ModelShape:
             dense_mlp += layer.mlp.shared_parameters(width)
         else:
             dense_mlp += layer.mlp.num_parameters(width)
-    head = 0 if spec.tie_word_embeddings else table
+    head = 0 if spec.tie_word_embeddings else spec.head_rows * width
     if spec.streams is not None:
         table += spec.streams.table_parameters(spec.num_layers)
     known = table + head + query + key_value + dense_mlp + router + experts

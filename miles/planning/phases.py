@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from miles.planning.engine_memory import EnginePlan
 from miles.planning.hardware import GIB
@@ -61,6 +61,8 @@ class Workload:
     offload_train: bool
     offload_rollout: bool
     bucket_bytes: int
+    critic: ModelShape | None = None
+    """It is cut like the policy, and its micro-batches take turns with the policy's."""
 
 
 def plan_phases(model: ModelShape, layout: Layout, work: Workload) -> tuple[PhaseMemory, ...]:
@@ -91,19 +93,35 @@ def _rollout(model: ModelShape, layout: Layout, work: Workload) -> Iterator[Phas
     if work.colocate:
         parts.append(_process("trainer process"))
         if not work.offload_train:
-            parts += state_parts(rank_weights(model, layout, 0), layout, work.numerics)
+            parts += _states(model, layout, work, 0)
     yield PhaseMemory("rollout", "GPU" if work.colocate else "engine GPU", tuple(parts))
 
 
+def _states(model: ModelShape, layout: Layout, work: Workload, stage: int) -> list[MemoryPart]:
+    """Weights, gradients and optimizer of the policy, its weights first, and of a critic."""
+    parts = state_parts(rank_weights(model, layout, stage), layout, work.numerics)
+    if work.critic is not None:
+        own = rank_weights(work.critic, layout, stage)
+        theirs = [part for part in state_parts(own, layout, _plain(work.numerics)) if part.bytes]
+        told = f"{own.total:,} parameters: {', '.join(part.name for part in theirs)}"
+        parts.append(MemoryPart("critic", sum(part.bytes for part in theirs), told))
+    return parts
+
+
+def _plain(numerics: TrainerNumerics) -> TrainerNumerics:
+    """A critic rounds nothing."""
+    return replace(numerics, fp8=False, int4_qat=False, fp8_param_gather=False)
+
+
 def _log_probs(model: ModelShape, layout: Layout, work: Workload, stage: int) -> list[MemoryPart]:
-    state = state_parts(rank_weights(model, layout, stage), layout, work.numerics)
+    state = _states(model, layout, work, stage)
     parts = [*state, *rounded_weights(model, layout, work.numerics, stage, backward=False)]
     parts.append(forward_activations(model, layout, work.numerics, work.log_prob_tokens))
     return [*parts, *_per_token(model, layout, work, stage, work.log_prob_tokens, backward=False)]
 
 
 def _training(model: ModelShape, layout: Layout, work: Workload, stage: int) -> list[MemoryPart]:
-    state = state_parts(rank_weights(model, layout, stage), layout, work.numerics)
+    state = _states(model, layout, work, stage)
     parts = [*state, *rounded_weights(model, layout, work.numerics, stage)]
     parts.append(training_activations(model, layout, work.numerics, stage, work.train_tokens))
     return [*parts, *_per_token(model, layout, work, stage, work.train_tokens, backward=True)]
@@ -131,8 +149,7 @@ def _sleeping_engine(work: Workload) -> Iterator[MemoryPart]:
 
 def _sync(model: ModelShape, layout: Layout, work: Workload, stage: int) -> list[MemoryPart]:
     """Weights on both sides and two buckets; the KV cache comes back only afterwards."""
-    weights = rank_weights(model, layout, stage)
-    state = state_parts(weights, layout, work.numerics)
+    state = _states(model, layout, work, stage)
     parts = [state[0]] if work.offload_train else state
     parts.append(
         MemoryPart(
@@ -147,20 +164,28 @@ def _sync(model: ModelShape, layout: Layout, work: Workload, stage: int) -> list
     return parts
 
 
+def _parked(
+    model: ModelShape, layout: Layout, work: Workload, numerics: TrainerNumerics, gpus_per_node: int
+) -> Iterator[MemoryPart]:
+    """What of a trained model lies in the host memory of a node."""
+    weights, count = rank_weights(model, layout, 0), f"{gpus_per_node} GPUs"
+    if numerics.optimizer_on_host or work.offload_train:
+        size, formula = optimizer_bytes(weights, layout, numerics)
+        yield MemoryPart("optimizer", gpus_per_node * size, f"{count} × {formula}")
+    if work.offload_train:
+        width = state_parts(weights, layout, numerics)[0].bytes
+        yield MemoryPart("parked weights", gpus_per_node * width, f"{count} × {width:,} B")
+
+
 def host_parts(
     model: ModelShape, layout: Layout, work: Workload, gpus_per_node: int, reference: bool, samples: int
 ) -> tuple[MemoryPart, ...]:
     """Host memory of one trainer node: what is kept or parked there, and the routes of one rollout."""
-    weights = rank_weights(model, layout, 0)
-    width = state_parts(weights, layout, work.numerics)[0].bytes
-    parts = []
-    if work.numerics.optimizer_on_host or work.offload_train:
-        size, formula = optimizer_bytes(weights, layout, work.numerics)
-        parts.append(MemoryPart("optimizer", gpus_per_node * size, f"{gpus_per_node} GPUs × {formula}"))
-    if work.offload_train:
-        parts.append(
-            MemoryPart("parked weights", gpus_per_node * width, f"{gpus_per_node} GPUs × {width:,} B")
-        )
+    width = state_parts(rank_weights(model, layout, 0), layout, work.numerics)[0].bytes
+    parts = [*_parked(model, layout, work, work.numerics, gpus_per_node)]
+    if work.critic is not None:
+        theirs = _parked(work.critic, layout, work, _plain(work.numerics), gpus_per_node)
+        parts += [replace(part, name=f"critic's {part.name}") for part in theirs]
     if reference:
         parts.append(
             MemoryPart("reference weights", gpus_per_node * width, f"{gpus_per_node} GPUs × {width:,} B")

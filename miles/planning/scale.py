@@ -11,6 +11,7 @@ from typing import Any
 
 from miles.arch import ArchSpec
 from miles.config import RunConfig
+from miles.planning.critic import trains_critic
 from miles.planning.engine_memory import EnginePlan, plan_engine
 from miles.planning.formats import Format
 from miles.planning.hardware import Hardware
@@ -222,6 +223,7 @@ def _workload(request: ScaleRequest, engine: EnginePlan | None, layout: Layout) 
         offload_train=bool(cluster.offload_train),
         offload_rollout=bool(cluster.offload_rollout),
         bucket_bytes=config.weight_sync.update_weight_buffer_size,
+        critic=model_shape(request.spec.critic) if trains_critic(config) else None,
     )
 
 

@@ -18,6 +18,7 @@ from miles.arch.spec import ArchSpec
 from miles.data.batch import TrainBatch
 from miles.errors import RunError
 from miles.training.batch_advantages import with_advantages
+from miles.training.critic_course import CriticModel
 from miles.training.native.batch_checks import require_rollout_log_probs, validate_batch
 from miles.training.native.measurements import DISPATCHED, PassMeasurements
 from miles.training.native.micro_batches import split_optimizer_steps
@@ -44,6 +45,7 @@ class RolloutTrainer(ABC):
     dtype: torch.dtype
     source_dir: Path | None
     teacher: Teacher | None = None
+    critic: CriticModel | None = None
     _reference_is_own: bool = False
     """Whether the reference is the policy of an earlier step, and belongs in a checkpoint."""
 
@@ -70,10 +72,6 @@ class RolloutTrainer(ABC):
     @abstractmethod
     def _before_updates(self, batch: TrainBatch) -> dict[str, float]:
         """Metrics of the weights that the engine sampled with, such as the gap without routing replay."""
-
-    def _values(self, batch: TrainBatch) -> np.ndarray:
-        """A critic's values float32 [T] of the trained rows, NaN elsewhere."""
-        raise RunError("this trainer has no critic", fix="use --train-backend native")
 
     def _after_updates(self) -> dict[str, float]:
         """Metrics that were collected since."""
@@ -116,6 +114,15 @@ class RolloutTrainer(ABC):
         metrics |= self._after_updates()
         self._count_rollout()
         return _summarize(metrics, updates, stop, self._take_events())
+
+    def load_critic(self, saved: ArchSpec, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Fill the critic from a checkpoint of the model `saved`, see `CriticCourse.beginning`."""
+        assert self.critic is not None, "the settings name no critic"
+        self.critic.load_weights(saved, tensors)
+
+    def start_critic(self) -> None:
+        """The critic begins as the policy of this moment, with a value head of zeros. Collective."""
+        self.load_critic(self.spec, self.named_weights(everywhere=True))
 
     def update_reference(self) -> None:
         """The policy of this moment becomes the reference. Collective."""
@@ -218,6 +225,11 @@ class RolloutTrainer(ABC):
         if DISPATCHED in agreement:
             metrics["route/ref_dispatched_flip_frac"] = agreement[DISPATCHED]
         return metrics
+
+    def _values(self, batch: TrainBatch) -> np.ndarray:
+        """The critic's values float32 [T] of the trained rows, NaN elsewhere."""
+        assert self.critic is not None, "the settings name no critic"
+        return self._over_ranks(self.critic.values(batch), batch)
 
     def _with_values(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
         started = time.perf_counter()

@@ -2,6 +2,7 @@
 
 model/                  an HF checkpoint in the trained dtype
 optimizer/              exp_avg.safetensors, exp_avg_sq.safetensors; master.safetensors unless fp32 is trained
+critic/                 the critic of PPO, where there is one: model/ and optimizer/ of its own
 trainer_state.json      step, updates, knobs in effect and as configured
 
 The files do not depend on the layout that wrote them, nor on the trainer: a run goes on from them on any.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,8 +25,15 @@ from miles.arch import ArchSpec, load_spec
 from miles.errors import CheckpointError
 from miles.training.megatron.optimizer import MOMENTS, MasterAdam
 from miles.training.megatron.tensors import MegatronTensors, OfParameter
-from miles.training.native.checkpoint import MASTER, MODEL_DIR, OPTIMIZER_DIR, STATE_FILE, read_state
-from miles.training.native.state import TrainerState
+from miles.training.native.checkpoint import (
+    CRITIC_DIR,
+    MASTER,
+    MODEL_DIR,
+    OPTIMIZER_DIR,
+    STATE_FILE,
+    read_state,
+)
+from miles.training.native.state import CriticProgress, TrainerState
 from miles.weights.hf import TORCH_DTYPES, read_hf, write_hf
 from miles.weights.native_map import without_spare_mtp
 from miles.weights.safetensors_io import read_tensors, stream_tensors
@@ -67,48 +76,113 @@ def save_checkpoint(
     source_dir: Path | None,
     *,
     with_optimizer: bool,
+    critic: TrainerTensors | None = None,
 ) -> None:
     """Write into an existing directory. The first rank writes, the others give their shards; when writing
     fails, it is the first that raises.
     """
-    dtype = tensors.optimizer.dtype
-    weights = tensors.model.published(dtype)
-    streams = {
-        name: tensors.trained.published(torch.float32, of, shared=tensors.optimizer.shares)
-        for name, of in (tensors.optimizer_state() if with_optimizer else {}).items()
-    }
+    models = [_Outgoing.of(directory, tensors, with_optimizer)]
+    if critic is not None:
+        models.append(_Outgoing.of(directory / CRITIC_DIR, critic, with_optimizer))
     with ExitStack() as stack:
         # Whatever happens to this rank's disk, the others' gathers are answered: they would wait forever.
-        for stream in reversed([weights, *streams.values()]):
+        for stream in reversed([stream for model in models for stream in model.in_order]):
             stack.callback(deque, stream, maxlen=0)
         if dist.get_rank() != 0:
             return
-        stored = next(name for name, form in TORCH_DTYPES.items() if form == dtype)
-        write_hf(directory / MODEL_DIR, tensors.spec, weights, source_dir, stored)
-        if with_optimizer:
-            (directory / OPTIMIZER_DIR).mkdir()
-        forms = {name: (shape, torch.float32) for name, shape in tensors.trained.shapes.items()}
-        for name, stream in streams.items():
-            stream_tensors(directory / OPTIMIZER_DIR / f"{name}.safetensors", forms, stream)
+        if critic is not None:
+            (directory / CRITIC_DIR).mkdir()
+        for model in models:
+            model.write(source_dir)
         (directory / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
 
 
-def load_checkpoint(directory: Path, tensors: TrainerTensors, policy: MegatronTensors) -> TrainerState:
+@dataclass(frozen=True)
+class _Outgoing:
+    """One model on its way to `directory`: streams of published tensors, of which each may be read once."""
+
+    directory: Path
+    tensors: TrainerTensors
+    weights: Iterator[tuple[str, Tensor]]
+    streams: Mapping[str, Iterator[tuple[str, Tensor]]]
+    """Of the optimizer's state; empty where that is left out."""
+
+    @classmethod
+    def of(cls, directory: Path, tensors: TrainerTensors, with_optimizer: bool) -> _Outgoing:
+        states = tensors.optimizer_state() if with_optimizer else {}
+        streams = {
+            name: tensors.trained.published(torch.float32, of, shared=tensors.optimizer.shares)
+            for name, of in states.items()
+        }
+        return cls(directory, tensors, tensors.model.published(tensors.optimizer.dtype), streams)
+
+    @property
+    def in_order(self) -> list[Iterator[tuple[str, Tensor]]]:
+        return [self.weights, *self.streams.values()]
+
+    def write(self, source_dir: Path | None) -> None:
+        dtype = self.tensors.optimizer.dtype
+        stored = next(name for name, form in TORCH_DTYPES.items() if form == dtype)
+        write_hf(self.directory / MODEL_DIR, self.tensors.spec, self.weights, source_dir, stored)
+        if self.streams:
+            (self.directory / OPTIMIZER_DIR).mkdir()
+        forms = {name: (shape, torch.float32) for name, shape in self.tensors.trained.shapes.items()}
+        for name, stream in self.streams.items():
+            stream_tensors(self.directory / OPTIMIZER_DIR / f"{name}.safetensors", forms, stream)
+
+
+def load_checkpoint(
+    directory: Path,
+    tensors: TrainerTensors,
+    policy: MegatronTensors,
+    critic: TrainerTensors | None = None,
+) -> TrainerState:
     """Fill model and optimizer from what any trainer's `save` wrote and return the state. Every rank reads
     its own part of the files.
 
     MTP layers that were not trained before start with fresh moments; moments of those that are no longer
-    trained, and MTP layers that this run does without, are left out. `policy`: the model without them.
+    trained, and MTP layers that this run does without, are left out. So is a critic; one that the checkpoint
+    does not hold stays as it is, and warms up. `policy`: the model without MTP layers.
 
     Raises CheckpointError for a missing or damaged part.
     """
-    state = replace(read_state(directory / STATE_FILE), critic=None)
-    model_dir, optimizer_dir = directory / MODEL_DIR, directory / OPTIMIZER_DIR
-    saved, spec = load_spec(model_dir), tensors.spec
-    tensors.model.load(without_spare_mtp(saved, spec, read_hf(model_dir)), where=str(model_dir))
-    tensors.optimizer.reset_masters()
+    state = read_state(directory / STATE_FILE)
+    saved = _load_model(directory, tensors)
     if tensors.draft is not None:
         tensors.draft.reset_masters()
+    had_draft, trains_draft = state.draft_updates is not None, tensors.trained_spec.mtp is not None
+    _load_optimizer(
+        directory,
+        tensors,
+        tensors.trained if had_draft else policy,
+        held=saved if had_draft else saved.policy,
+        kept=tensors.trained_spec if had_draft else tensors.spec.policy,
+    )
+    tensors.optimizer.set_updates(state.updates)
+    if tensors.draft is not None:
+        tensors.draft.set_updates(state.draft_updates or 0)
+    return replace(
+        state,
+        draft_updates=state.draft_updates or 0 if trains_draft else None,
+        critic=_load_critic(directory / CRITIC_DIR, critic, state.critic),
+    )
+
+
+def _load_model(directory: Path, tensors: TrainerTensors) -> ArchSpec:
+    """Weights into model and masters; what was saved."""
+    model_dir = directory / MODEL_DIR
+    saved = load_spec(model_dir)
+    items = without_spare_mtp(saved, tensors.spec, read_hf(model_dir))
+    tensors.model.load(items, where=str(model_dir))
+    tensors.optimizer.reset_masters()
+    return saved
+
+
+def _load_optimizer(
+    directory: Path, tensors: TrainerTensors, known: MegatronTensors, held: ArchSpec, kept: ArchSpec
+) -> None:
+    """`held`: the model whose moments the files hold, of which those of `kept` go into `known`."""
+    optimizer_dir = directory / OPTIMIZER_DIR
     if not optimizer_dir.is_dir():
         raise CheckpointError(
             "the checkpoint holds no optimizer state",
@@ -116,18 +190,23 @@ def load_checkpoint(directory: Path, tensors: TrainerTensors, policy: MegatronTe
             why="it was saved with checkpoint.no_save_optim",
             fix="start a new run from its model directory instead of resuming",
         )
-    had_draft, trains_draft = state.draft_updates is not None, tensors.trained_spec.mtp is not None
-    known = tensors.trained if had_draft else policy
-    kept = tensors.trained_spec if had_draft else spec.policy
-    held = saved if had_draft else saved.policy
     for name, of in tensors.optimizer_state().items():
         path = optimizer_dir / f"{name}.safetensors"
         with tensors.optimizer.loading():
             known.load(without_spare_mtp(held, kept, read_tensors(path)), where=str(path), of=_data(of))
-    tensors.optimizer.set_updates(state.updates)
-    if tensors.draft is not None:
-        tensors.draft.set_updates(state.draft_updates or 0)
-    return replace(state, draft_updates=state.draft_updates or 0 if trains_draft else None)
+
+
+def _load_critic(
+    directory: Path, critic: TrainerTensors | None, saved: CriticProgress | None
+) -> CriticProgress | None:
+    if critic is None:
+        return None
+    if saved is None:
+        return CriticProgress()
+    _load_model(directory, critic)
+    _load_optimizer(directory, critic, critic.trained, critic.spec, critic.spec)
+    critic.optimizer.set_updates(saved.updates)
+    return saved
 
 
 def _data(of: OfParameter) -> OfParameter:

@@ -18,8 +18,21 @@ from miles.training.megatron.layout import MegatronLayout
 from miles.training.megatron.routes import RouteBook
 
 
+class ValueHead(nn.Module):
+    """A critic's head, weight [1, D]. One row cannot be cut: every tensor-parallel rank has it whole, and
+    with sequence parallelism applies it to its own rows, so that its gradients are summed over the ranks.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
 class PolicyModel(GPTModel):
-    """One pipeline stage. It ends with final hidden states: only trained rows pass the head (`head`)."""
+    """One pipeline stage. It ends with final hidden states: only trained rows pass the head (`head`), which
+    is that of a language model or, by the spec, of a critic (`values`).
+    """
 
     def __init__(self, spec: ArchSpec, layout: MegatronLayout, **options: Any) -> None:
         super().__init__(**options)
@@ -30,6 +43,8 @@ class PolicyModel(GPTModel):
             buffer.data[:] = 0  # the rows that pad the vocabulary
         if self.post_process and self.output_layer.weight is not None:
             self.output_layer.weight.data[:] = 0
+        if self.post_process and spec.value_head:
+            self.add_module("output_layer", ValueHead(self.config))
 
     def forward(self, rows: PackedRows) -> Tensor:
         """Hidden states [t, 1, D] of this stage; t is T, or this rank's share with sequence parallelism."""
@@ -44,7 +59,7 @@ class PolicyModel(GPTModel):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V / tp, D]: this rank's rows of the head."""
+        """[V / tp, D]: this rank's rows of the head; a critic's is [1, D] on every rank."""
         weight = self.shared_embedding_or_output_weight() if self._tied else self.output_layer.weight
         assert isinstance(weight, Tensor)
         return weight

@@ -80,6 +80,12 @@ class Pass:
         """The outcome for each micro-batch, on every process."""
         if not micro_batches:
             return []
+        self._go_through(micro_batches)
+        log_probs, entropies = self._at_end(micro_batches)
+        parts = zip(log_probs, entropies, self._seen(micro_batches), strict=True)
+        return [ForwardOutput(*part) for part in parts]
+
+    def _go_through(self, micro_batches: Sequence[MicroBatch]) -> None:
         chunks, trains = self._chunks, self._loss is not None
         for chunk in chunks.bare:
             chunk.train(trains)
@@ -94,7 +100,6 @@ class Pass:
                 micro_batch_size=1,
                 forward_only=not trains,
             )
-        return self._outcome(micro_batches)
 
     def _forward_step(self, batches: Indexed, wrapped: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         index, micro_batch = next(batches)
@@ -116,10 +121,20 @@ class Pass:
     def _end(
         self, chunk: PolicyModel, hidden: Tensor, rows: PackedRows, index: int, micro_batch: MicroBatch
     ) -> Tensor:
-        settings = self._settings
         if self._on_hidden is not None:
             self._on_hidden(index, hidden)
-        log_probs, entropy = trained_log_probs(
+        log_probs, entropy = self._read(chunk, hidden, rows, micro_batch)
+        self._ends[index] = (log_probs.detach(), None if entropy is None else entropy.detach())
+        if self._loss is None:
+            return torch.zeros((), device=hidden.device)
+        return self._loss(index, log_probs, entropy)
+
+    def _read(
+        self, chunk: PolicyModel, hidden: Tensor, rows: PackedRows, micro_batch: MicroBatch
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the head says of the trained rows."""
+        settings = self._settings
+        return trained_log_probs(
             chunk,
             self._chunks.layout,
             hidden,
@@ -129,10 +144,6 @@ class Pass:
             settings.with_entropy,
             settings.chunk_tokens,
         )
-        self._ends[index] = (log_probs.detach(), None if entropy is None else entropy.detach())
-        if self._loss is None:
-            return torch.zeros((), device=hidden.device)
-        return self._loss(index, log_probs, entropy)
 
     def _replayed(self, chunk: PolicyModel, micro_batch: MicroBatch, rows: PackedRows) -> list[Tensor] | None:
         """The batch's routes of this chunk's layers and this rank's rows; padding rows decide."""
@@ -150,18 +161,17 @@ class Pass:
         columns = [self._chunks.spec.moe_layers.index(layer) for layer in chunk.routes.layer_indices]
         return [routes_TLK[:, column].long() for column in columns]
 
-    def _outcome(self, micro_batches: Sequence[MicroBatch]) -> list[ForwardOutput]:
+    def _at_end(self, micro_batches: Sequence[MicroBatch]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """What `_read` gave for each micro-batch, on every process."""
         ends = [self._ends.get(index) for index in range(len(micro_batches))]
         sizes = [micro_batch.num_trained for micro_batch in micro_batches]
         at_end = ends[0] is not None
-        log_probs = from_last_stage(torch.cat([end[0] for end in ends if end]) if at_end else None)
+        read = from_last_stage(torch.cat([end[0] for end in ends if end]) if at_end else None)
         entropies: list[Tensor | None] = [None] * len(ends)
         if self._settings.with_entropy:
             own = torch.cat([end[1] for end in ends if end and end[1] is not None]) if at_end else None
             entropies = list(from_last_stage(own).split(sizes))
-        seen = self._seen(micro_batches)
-        parts = zip(log_probs.split(sizes), entropies, seen, strict=True)
-        return [ForwardOutput(*part) for part in parts]
+        return list(read.split(sizes)), entropies
 
     def _seen(self, micro_batches: Sequence[MicroBatch]) -> list[SeenRoutes]:
         dispatched = self._joined(

@@ -70,6 +70,8 @@ def _outside_layers(name: str, parameter: Tensor, spec: ArchSpec, shard: Shard) 
         return replicated(name, f"{spec.root}.norm.weight", parameter, shard)
     assert name in ("embedding.word_embeddings.weight", "output_layer.weight"), f"no place for {name}"
     head = name == "output_layer.weight"
+    if head and spec.value_head:
+        return replicated(name, spec.head_name, parameter, shard)
     theirs = spec.head_name if head and not spec.tie_word_embeddings else spec.embedding_name
     start = min(shard.tp * parameter.shape[0], spec.vocab_size)
     valid = min(parameter.shape[0], spec.vocab_size - start)

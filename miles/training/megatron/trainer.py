@@ -26,6 +26,7 @@ from miles.data.batch import TrainBatch
 from miles.errors import RunError
 from miles.models.decoder import Decoder
 from miles.models.mtp import MtpDraft
+from miles.training.critic_course import CriticCourse
 from miles.training.knobs import Knobs
 from miles.training.megatron.groups import MegatronRanks, open_groups
 from miles.training.megatron.layout import MegatronLayout, require_expressible
@@ -40,7 +41,7 @@ from miles.training.native.micro_batches import (
 from miles.training.native.probe import NO_REPLAY, probed_sequences
 from miles.training.native.process_group import DataParallel
 from miles.training.native.rounding_watch import RoundingWatch
-from miles.training.native.state import TrainerState
+from miles.training.native.state import CriticProgress, TrainerState
 from miles.training.native.update import Update
 from miles.training.rollout_trainer import RolloutTrainer
 from miles.training.settings import TrainerSettings
@@ -50,6 +51,8 @@ from miles.weights.native_map import to_published
 
 if TYPE_CHECKING:
     from miles.training.megatron.checkpoint import TrainerTensors
+    from miles.training.megatron.critic import Critic
+    from miles.training.megatron.dist_checkpoint import Parts
     from miles.training.megatron.draft import DraftTraining
     from miles.training.megatron.optimizer import MasterAdam
     from miles.training.megatron.passes import Chunks
@@ -67,6 +70,8 @@ class MegatronTrainer(RolloutTrainer):
         parallel: this process's place in the world of trainer processes; None trains alone.
         dtype: fp32 or bf16; optimizer state is fp32 in any case.
         source_dir: the HF checkpoint whose config.json and tokenizer go along with saved weights.
+        settings: with `settings.critic`, a critic lives beside the policy; its weights are undefined until
+            `load_critic` or `start_critic`.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class MegatronTrainer(RolloutTrainer):
             self._draft_training: DraftTraining | None = None
             if settings.train_mtp:
                 self._draft_training = draft_training(spec, self._chunks, self._draft, settings, dtype)
+            self.critic: Critic | None = self._make_critic()
             self._build_reference = lambda: built(spec.policy, self.layout, settings, dtype, self.device)
         self.tensors = MegatronTensors(spec, self._chunks.bare, self.device, self._draft)
         self._policy_tensors = MegatronTensors(spec.policy, self._chunks.bare, self.device)
@@ -120,7 +126,10 @@ class MegatronTrainer(RolloutTrainer):
             )
         knobs = Knobs.from_settings(settings)
         self.state = TrainerState(
-            knobs=knobs, configured=knobs, draft_updates=0 if settings.train_mtp else None
+            knobs=knobs,
+            configured=knobs,
+            draft_updates=0 if settings.train_mtp else None,
+            critic=None if self.critic is None else CriticProgress(),
         )
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], model: ModelRole = "policy") -> None:
@@ -232,6 +241,10 @@ class MegatronTrainer(RolloutTrainer):
             optimizers += self._draft_training.optimizer.parts()
         references = () if self._reference is None else self._reference.bare
         hold(held, wrapped, optimizers, references, self.device)
+        if self.critic is not None:
+            # No engine is sent its weights.
+            theirs: Held = "everything" if held == "everything" else "nothing"
+            hold(theirs, self.critic.chunks.wrapped, self.critic.optimizer.parts(), (), self.device)
 
     def save(self, directory: Path, *, optimizer: bool = True) -> None:
         """Write weights, optimizer moments, counters and knobs into an existing directory.
@@ -241,23 +254,24 @@ class MegatronTrainer(RolloutTrainer):
         same directory; without `optimizer`, only published names are.
         """
         self.optimizer.settle()
+        if self.critic is not None:
+            self.critic.optimizer.settle()
         if self._dist_checkpoints and optimizer:
             from miles.training.megatron.dist_checkpoint import save_dist_checkpoint
 
-            save_dist_checkpoint(
-                directory,
-                self._on_disk,
-                self._chunks.bare,
-                self._draft,
-                self.state,
-                self.source_dir,
-                self._background,
-            )
+            save_dist_checkpoint(directory, self._in_parts, self.state, self.source_dir, self._background)
             self._save_reference(directory)
             return
         from miles.training.megatron.checkpoint import save_checkpoint
 
-        save_checkpoint(directory, self._on_disk, self.state, self.source_dir, with_optimizer=optimizer)
+        save_checkpoint(
+            directory,
+            self._on_disk,
+            self.state,
+            self.source_dir,
+            with_optimizer=optimizer,
+            critic=self._critic_on_disk,
+        )
         if optimizer:
             self._save_reference(directory)
 
@@ -274,9 +288,9 @@ class MegatronTrainer(RolloutTrainer):
         from miles.training.megatron.dist_checkpoint import DIST_DIR, load_dist_checkpoint
 
         if (directory / DIST_DIR).is_dir():
-            state = load_dist_checkpoint(directory, self._on_disk, self._chunks.bare, self._draft)
+            state = load_dist_checkpoint(directory, self._in_parts)
         else:
-            state = load_checkpoint(directory, self._on_disk, self._policy_tensors)
+            state = load_checkpoint(directory, self._on_disk, self._policy_tensors, self._critic_on_disk)
         self.state = state.under(Knobs.from_settings(self.settings))
         self._load_reference(directory)
 
@@ -290,6 +304,9 @@ class MegatronTrainer(RolloutTrainer):
     def _update(self, batch: TrainBatch, measurements: PassMeasurements | None) -> Update:
         from miles.training.megatron.update import MegatronStep
 
+        taught = None if self.critic is None else self.critic.update(batch, self.state)
+        if taught is not None and self._warms_up:
+            return self._counted(Update.of_critic(taught))
         step = MegatronStep(
             chunks=self._chunks,
             tensors=self.tensors,
@@ -301,7 +318,7 @@ class MegatronTrainer(RolloutTrainer):
             measurements=measurements,
             draft=self._draft_training,
         )
-        return self._counted(step.run(batch))
+        return self._counted(step.run(batch).beside(taught))
 
     def _before_updates(self, batch: TrainBatch) -> dict[str, float]:
         """The gap without routing replay, measured on the same sequences by every data-parallel rank."""
@@ -346,6 +363,15 @@ class MegatronTrainer(RolloutTrainer):
         added = replace(micro_batches[-1], padding=True)
         return [*micro_batches, *[added] * (-len(micro_batches) % self.layout.pp)]
 
+    def _make_critic(self) -> Critic | None:
+        from miles.training.megatron.critic import Critic
+
+        settings = self.settings
+        if settings.critic is None:
+            return None
+        course = CriticCourse(self.spec, settings, settings.critic)
+        return Critic(course, self.layout, self.dtype, self.device, self.ranks, self._cut)
+
     @property
     def _draft_optimizer(self) -> MasterAdam | None:
         """That of the MTP layers, where they are trained."""
@@ -358,6 +384,25 @@ class MegatronTrainer(RolloutTrainer):
         trains = self.settings.train_mtp
         spec, tensors = (self.spec, self.tensors) if trains else (self.spec.policy, self._policy_tensors)
         return TrainerTensors(self.spec, self.tensors, spec, tensors, self.optimizer, self._draft_optimizer)
+
+    @property
+    def _critic_on_disk(self) -> TrainerTensors | None:
+        from miles.training.megatron.checkpoint import TrainerTensors
+
+        critic = self.critic
+        if critic is None:
+            return None
+        own = critic.tensors
+        return TrainerTensors(critic.spec, own, critic.spec, own, critic.optimizer, None)
+
+    @property
+    def _in_parts(self) -> Parts:
+        """What goes into Megatron's own form of a checkpoint."""
+        from miles.training.megatron.dist_checkpoint import Parts
+
+        critic, on_disk = self.critic, self._critic_on_disk
+        theirs = None if critic is None or on_disk is None else Parts(on_disk, critic.chunks.bare)
+        return Parts(self._on_disk, self._chunks.bare, self._draft, theirs)
 
     @property
     def _shares_prompts(self) -> bool:

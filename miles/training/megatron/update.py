@@ -108,7 +108,7 @@ class MegatronStep:
                 chunk.start_grad_sync()
         if draft_update is not None:
             sums |= draft_update.sums
-        return self._totals(sums)
+        return sums_over_ranks(sums, self.ranks)
 
     def _pass(
         self,
@@ -164,14 +164,6 @@ class MegatronStep:
         for name, value in result.metrics.items():
             sums[name] = sums[name] + value.detach() if name in sums else value.detach().clone()
 
-    def _totals(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Of all data-parallel ranks, on every stage; the names are the same wherever a loss was computed."""
-        names, values = sorted(sums), None
-        if names:
-            values = self.ranks.sum(torch.stack([sums[name].float() for name in names]))
-        names = from_last_stage(names or None)
-        return dict(zip(names, from_last_stage(values).tolist(), strict=True))
-
     def _measure(
         self, step: StepBatch, micro_batches: Sequence[MicroBatch], outputs: Sequence[ForwardOutput]
     ) -> None:
@@ -226,3 +218,12 @@ class MegatronStep:
             ),
             loss=loss,
         )
+
+
+def sums_over_ranks(sums: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
+    """Of all data-parallel ranks, on every stage; the names are the same wherever a loss was computed."""
+    names, values = sorted(sums), None
+    if names:
+        values = ranks.sum(torch.stack([sums[name].float() for name in names]))
+    names = from_last_stage(names or None)
+    return dict(zip(names, from_last_stage(values).tolist(), strict=True))

@@ -27,6 +27,7 @@ from miles.models.decoder import Decoder
 from miles.models.mtp import MtpDraft
 from miles.models.numerics import FAST, Numerics
 from miles.models.routing import Router
+from miles.training.critic_course import CriticCourse
 from miles.training.knobs import Knobs
 from miles.training.native.batch_checks import validate_batch
 from miles.training.native.checkpoint import TrainerTensors, load_checkpoint, save_checkpoint
@@ -101,7 +102,7 @@ class NativeTrainer(RolloutTrainer):
             fake_quantise(settings.precision, self.decoder, self.draft)
             self._rounding = RoundingWatch(rounded_layers(self.decoder))
         self.draft_training = self._make_draft_training()
-        self.critic = self._make_critic()
+        self.critic: Critic | None = self._make_critic()
         knobs = Knobs.from_settings(settings)
         self.state = TrainerState(
             knobs=knobs,
@@ -126,15 +127,6 @@ class NativeTrainer(RolloutTrainer):
                 fake_quantise(self.settings.precision, self.reference)
         native = dict(self.reference.named_parameters())
         self.layout.load(self.spec.policy, native, tensors, where="reference weights")
-
-    def load_critic(self, saved: ArchSpec, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Fill the critic from a checkpoint of the model `saved`, see `Critic.load_weights`."""
-        assert self.critic is not None, "the settings name no critic"
-        self.critic.load_weights(saved, tensors)
-
-    def start_critic(self) -> None:
-        """The critic begins as the policy of this moment, with a value head of zeros. Collective."""
-        self.load_critic(self.spec, self.named_weights(everywhere=True))
 
     def load_teacher(self, spec: ArchSpec, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """A frozen model of any family beside the policy, from tensors under its published names."""
@@ -282,10 +274,6 @@ class NativeTrainer(RolloutTrainer):
         self._told_numerics = True
         return {"kind": "numerics", "numerics": self._numerics.name, **chosen}
 
-    def _values(self, batch: TrainBatch) -> np.ndarray:
-        assert self.critic is not None, "the settings name no critic"
-        return self._over_ranks(self.critic.values(batch), batch)
-
     def _update(self, batch: TrainBatch, measurements: PassMeasurements | None) -> Update:
         taught = None if self.critic is None else self.critic.update(batch, self.state)
         if taught is not None and self._warms_up:
@@ -344,16 +332,8 @@ class NativeTrainer(RolloutTrainer):
         settings = self.settings
         if settings.critic is None:
             return None
-        return Critic(
-            self.spec,
-            settings,
-            settings.critic,
-            self.dtype,
-            self.device,
-            self.layout,
-            self.ranks,
-            self._numerics,
-        )
+        course = CriticCourse(self.spec, settings, settings.critic)
+        return Critic(course, self.dtype, self.device, self.layout, self.ranks, self._numerics)
 
     @property
     def _critic_tensors(self) -> TrainerTensors | None:

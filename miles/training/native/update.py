@@ -14,8 +14,8 @@ from torch import Tensor
 from miles.algorithms.losses import LossOutput, LossRows, PolicyLossSettings, policy_loss, sft_loss
 from miles.data.batch import TrainBatch
 from miles.models.decoder import Decoder
+from miles.training.critic_course import CriticUpdate
 from miles.training.draft_course import DraftUpdate
-from miles.training.native.critic import CriticUpdate
 from miles.training.native.draft import DraftTraining
 from miles.training.native.faults import inject_gradient_fault
 from miles.training.native.forward import forward, make_router

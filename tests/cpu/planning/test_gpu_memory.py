@@ -214,6 +214,18 @@ def test_disaggregated_sides_do_not_share_a_gpu() -> None:
     assert not any("engine" in part.name for phase in apart[1:] for part in phase.parts)
 
 
+def test_a_critic_is_held_wherever_the_trainer_is_whole() -> None:
+    critic = model_shape(shipped_spec("qwen3-30b-a3b").critic)
+    assert critic.head == critic.hidden_size and critic.small == MOE.small
+    own = rank_weights(critic, LAYOUT, 0)
+    for stays in (False, True):
+        where = work(critic=critic, offload_train=not stays)
+        phases = {phase.name: by_name(phase.parts) for phase in plan_phases(MOE, LAYOUT, where)}
+        held = {name for name, parts in phases.items() if "critic" in parts}
+        assert held == {"log-probs", "training"} | ({"rollout", "weight sync"} if stays else set())
+        assert phases["training"]["critic"] == own.total * (2 + 4) + 12 * (own.dense // 4 + own.experts // 2)
+
+
 def test_the_fullest_stage_stands_for_all() -> None:
     layout = Layout(world=16, pp=4, ep=4)
     recomputed = replace(BF16, recompute="full", recompute_method="uniform")

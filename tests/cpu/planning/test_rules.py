@@ -837,11 +837,9 @@ def test_an_explicit_gpu_count_is_refused_even_when_it_is_the_default(resolved: 
 
 
 def test_a_refused_value_names_the_part_that_takes_it(resolved: Make, facts: Facts) -> None:
-    findings = preflight(
-        resolved("--advantage-estimator ppo --train-backend megatron --actor-num-gpus-per-node 0"), facts
-    )
-    (fix,) = [f.fix for f in findings if (f.rule, f.setting) == ("CAP2", "algorithm.advantage_estimator")]
-    assert fix.endswith("; the native trainer takes it") and '"ppo"' not in fix
+    findings = preflight(resolved("--rollout-format fp16 --rollout-backend native"), facts)
+    (fix,) = [f.fix for f in findings if (f.rule, f.setting) == ("CAP2", "precision.rollout_format")]
+    assert fix.endswith("; the sglang engine takes it") and '"fp16"' not in fix
 
 
 def test_the_mtp_refusal_names_the_convert_command(resolved: Make, facts: Facts) -> None:

@@ -62,8 +62,20 @@ def test_placement_arithmetic() -> None:
     assert apart.arithmetic == "2 x 8 for the trainer + 8 for engines = 24"
 
 
-def test_a_critic_needs_the_native_trainer() -> None:
-    assert "CAP2" in rules("--advantage-estimator ppo")
+def test_a_critic_is_a_second_model_on_every_gpu() -> None:
+    """A policy without its head; on the host with it while engines have the GPU."""
+    ppo = "--advantage-estimator ppo"
+    assert rules(ppo) - rules() <= {"GPU2", "GPU3", "HST1"}
+    phases = {
+        phase.name: {part.name: part.bytes for part in phase.parts} for phase in outline(ppo).scale.phases
+    }
+    training = phases["training"]
+    policy = sum(training[name] for name in ("weights", "gradients", "optimizer"))
+    assert 0.8 * policy < training["critic"] < policy
+    assert "critic" not in phases["rollout"] and "critic" not in phases["weight sync"]
+    host = {part.name for part in outline(ppo).scale.host}
+    assert {"critic's optimizer", "critic's parked weights"} <= host
+    assert not any("critic" in part.name for phase in outline().scale.phases for part in phase.parts)
 
 
 def test_exports_follow_the_hardware() -> None:

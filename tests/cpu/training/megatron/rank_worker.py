@@ -33,6 +33,11 @@ NAMES = (
     "train/mtp_grad_norm",
     "train/mtp_accuracy/depth_1",
     "precision/weight_error",
+    "rollout/values",
+    "train/value_loss",
+    "train/value_clipfrac",
+    "train/explained_variance",
+    "train/critic_grad_norm",
 )
 
 
@@ -47,13 +52,32 @@ def make(
     trainer = MegatronTrainer(spec, settings, layout, parallel=parallel, **saving)
     if load is None:
         trainer.init_weights(0)
+        if settings.critic is not None:
+            trainer.start_critic()
     else:
         trainer.load(load)
     return trainer
 
 
 def weights(trainer: MegatronTrainer) -> Weights:
-    return {name: tensor.clone() for name, tensor in trainer.named_weights(everywhere=True)}
+    """Of the policy, and with `critic.` before their names of the critic."""
+    found = {name: tensor.clone() for name, tensor in trainer.named_weights(everywhere=True)}
+    if trainer.critic is not None:
+        trainer.critic.optimizer.settle()
+        own = trainer.critic.tensors.published(trainer.dtype, everywhere=True)
+        found |= {f"critic.{name}": tensor.clone() for name, tensor in own}
+    return found
+
+
+def second_moments(trainer: MegatronTrainer) -> Weights:
+    """As `weights`."""
+    found = {}
+    for prefix, saved in (("", trainer._on_disk), ("critic.", trainer._critic_on_disk)):
+        if saved is not None:
+            of, shared = saved.optimizer_state()["exp_avg_sq"], saved.optimizer.shares
+            moments = saved.trained.published(torch.float32, of, everywhere=True, shared=shared)
+            found |= {f"{prefix}{name}": tensor.clone() for name, tensor in moments}
+    return found
 
 
 def train(
@@ -80,10 +104,7 @@ def go_on(
 ) -> tuple[list[dict[str, float]], Weights, Weights]:
     """Weights and second moments as they lie after loading; first, the metrics of training on from there."""
     trainer = make(parallel, **how)
-    saved = trainer._on_disk
-    of = saved.optimizer_state()["exp_avg_sq"]
-    moments = saved.trained.published(torch.float32, of, everywhere=True, shared=saved.optimizer.shares)
-    loaded = weights(trainer), {name: tensor.clone() for name, tensor in moments}
+    loaded = weights(trainer), second_moments(trainer)
     results = [trainer.train_step(batch).metrics for batch in batches]
     return [{name: row[name] for name in NAMES if name in row} for row in results], *loaded
 
