@@ -104,6 +104,15 @@ class Dependent:
     needs: str
 
 
+DISCOUNTED = ("ppo", "reinforce_plus_plus")
+"""Estimators that read the discount; a function of the user may, too."""
+
+
+def _discounts(config: RunConfig) -> bool:
+    algorithm = config.algorithm
+    return algorithm.advantage_estimator in DISCOUNTED or bool(algorithm.custom_advantage_function_path)
+
+
 DEPENDENTS = (
     Dependent(
         ("training.max_tokens_per_gpu",),
@@ -122,6 +131,19 @@ DEPENDENTS = (
         ),
         trains_critic,
         "--advantage-estimator ppo and a policy loss",
+    ),
+    Dependent(
+        ("algorithm.gamma",),
+        _discounts,
+        f"--advantage-estimator {' or '.join(DISCOUNTED)}",
+    ),
+    Dependent(
+        (
+            "rollout.rollout_temperature", "rollout.rollout_top_p", "rollout.rollout_top_k",
+            "rollout.rollout_stop", "rollout.custom_generate_function_path",
+        ),
+        lambda c: c.algorithm.loss_type != "sft_loss",
+        "a policy loss: demonstrations are not sampled",
     ),
     Dependent(
         (

@@ -984,3 +984,20 @@ def test_eval_data_is_checked_like_training_data(resolved: Make, facts: Facts) -
     run = resolved("--eval-prompt-data math test.jsonl")
     findings = preflight(run, held_out(exists=False, problem="no such prompt file")(facts))
     assert [(finding.rule, finding.setting) for finding in findings] == [("DAT1", "eval.eval_prompt_data")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "setting"),
+    [
+        ("--gamma 0.9", "algorithm.gamma"),
+        ("--gamma 0.9 --advantage-estimator ppo", None),
+        ("--rollout-stop END --loss-type sft_loss", "rollout.rollout_stop"),
+        ("--rollout-temperature 0.5 --loss-type sft_loss", "rollout.rollout_temperature"),
+        ("--rollout-stop END --rollout-temperature 0.5", None),
+    ],
+)
+def test_a_setting_of_a_part_that_the_run_has_not_is_told(
+    resolved: Make, facts: Facts, flags: str, setting: str | None
+) -> None:
+    found = [f.setting for f in preflight(resolved(flags), facts) if f.rule == "SET1"]
+    assert found == ([] if setting is None else [setting])
