@@ -22,7 +22,7 @@ from miles_cli.render.sparkline import sparkline
 
 REWARD = "rollout/raw_reward"
 CHART_HEIGHT = 9
-SPARK_WIDTH = 12
+SPARK_WIDTH, VALUE_WIDTH = 12, 8
 KEY_METRICS = (
     REWARD,
     "rollout/response_len/mean",
@@ -106,13 +106,17 @@ def _chart(run: RunSnapshot, scene: Scene, width: int, symbols: Symbols) -> list
 
 
 def _table(run: RunSnapshot, width: int, symbols: Symbols) -> list[str]:
+    """Name, value, curve and band; where room is short the value stays, and a name is told by its end."""
     names = shown_metrics(run)
-    label = max(map(len, names), default=0)
+    label = max(1, min(max(map(len, names), default=0), width - VALUE_WIDTH - 6))
     lines = []
     for name in names:
         track, metric = run.tracks[name], find_metric(name)
-        curve = sparkline(track, run.first_step, max(run.last_step, run.first_step + 1), SPARK_WIDTH, symbols)
-        line = f" {name:<{label}}  {number(track.last):>8}  {curve}  "
+        told = name if len(name) <= label else symbols.ellipsis + name[len(symbols.ellipsis) - label :]
+        line = f" {told:<{label}}  {number(track.last):>{VALUE_WIDTH}}  "
+        if len(line) + SPARK_WIDTH + 4 <= width:
+            end = max(run.last_step, run.first_step + 1)
+            line += sparkline(track, run.first_step, end, SPARK_WIDTH, symbols) + "  "
         if metric is not None and metric.healthy is not None:
             mark = symbols.bad if _is_sick(name, track.last) else symbols.good
             line += f"{mark} {symbols.plain(str(metric.healthy))}"

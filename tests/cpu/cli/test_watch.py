@@ -71,12 +71,14 @@ def test_one_frame_shows_progress_curve_metrics_and_alerts(runs_dir: Path) -> No
     assert "miles diagnose quick" in result.stderr
 
 
-@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
 @pytest.mark.parametrize("symbols", ["braille", "block", "ascii"])
 def test_a_frame_keeps_to_its_width_and_its_symbols(runs_dir: Path, width: int, symbols: str) -> None:
     snapshot = load_snapshot(write_run(runs_dir / "quick"))
     lines = frame_lines(snapshot, width, LADDER[symbols])
     assert max(map(len, lines)) <= width
+    gap = next(line for line in lines if "logprob_abs_diff" in line)
+    assert "0.2" in gap and LADDER[symbols].bad in gap, "the value and its mark, in whatever room there is"
     if symbols == "ascii":
         body = "".join(lines).replace("≤", "").replace("≥", "").replace("–", "")
         assert body.isascii()
