@@ -45,7 +45,7 @@ def memory_outline(
     model: str, gpus: str, precision: str, layout: str | None, colocate: bool, flags: Sequence[str]
 ) -> Outline:
     """The outline of a run of this model. Raises: ConfigError for words that cannot be read."""
-    hardware = parse_hardware(gpus)
+    hardware = parse_hardware(gpus, "--hardware")
     if hardware.kind is None:
         raise _refused("--hardware", f"{gpus!r} has no GPU", "name GPUs, as in 8xH100")
     words = _words(model, hardware, precision, colocate)
@@ -60,6 +60,12 @@ def memory_outline(
 
 
 def _words(model: str, hardware: Hardware, precision: str, colocate: bool) -> list[str]:
+    if model.startswith("-"):
+        raise _refused(
+            model,
+            "the model comes first, then flags",
+            "miles plan memory qwen3-30b-a3b …; that of a profile: miles train --profile NAME --dry-run",
+        )
     if precision not in PRECISIONS:
         raise _refused(
             "--precision", f"{precision!r} is not a precision", f"take one of {', '.join(PRECISIONS)}"

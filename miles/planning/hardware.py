@@ -88,8 +88,8 @@ def _kind(name: str, row: Mapping[str, float]) -> GpuKind:
     return GpuKind(name, int(row["memory_gib"] * GIB), int(row["sm"]), **peaks)
 
 
-def parse_hardware(text: str) -> Hardware:
-    """The cluster that a text names; a total above 8 is nodes of 8.
+def parse_hardware(text: str, named_by: str = "--assume-hardware") -> Hardware:
+    """The cluster that a text names; a total above 8 is nodes of 8. `named_by`: the flag that gave it.
 
     Raises:
         ConfigError: for words outside the grammar, an unknown kind, GPUs that fill no whole nodes.
@@ -98,12 +98,12 @@ def parse_hardware(text: str) -> Hardware:
         return CPU
     match = re.fullmatch(r"(?:(\d+)x)?(\d+)x([A-Za-z][\w-]*)", text)
     if match is None or "0" in (match[1], match[2]):
-        raise _refused(f"{text!r} does not name hardware", f"write {GRAMMAR}")
+        raise _refused(named_by, f"{text!r} does not name hardware", f"write {GRAMMAR}")
     kind = find_kind(match[3])
     if kind is None:
         near = get_close_matches(match[3].upper(), gpu_kinds(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise _refused(f"unknown GPU {match[3]!r}", f"{hint}known: {', '.join(gpu_kinds())}")
+        raise _refused(named_by, f"unknown GPU {match[3]!r}", f"{hint}known: {', '.join(gpu_kinds())}")
     gpus = int(match[2])
     if match[1]:
         return Hardware(int(match[1]), gpus, kind)
@@ -111,6 +111,7 @@ def parse_hardware(text: str) -> Hardware:
         return Hardware(1, gpus, kind)
     if gpus % GPUS_PER_NODE:
         raise _refused(
+            named_by,
             f"{gpus} GPUs are no whole nodes of {GPUS_PER_NODE}",
             f"say how many nodes: NODESxGPUSx{kind.name}",
         )
@@ -146,5 +147,5 @@ def detect_kind(driver_name: str, memory_bytes: int, sm: int | None) -> GpuKind:
     )
 
 
-def _refused(what: str, fix: str) -> ConfigError:
-    return ConfigError(MilesError(what, where="--assume-hardware", fix=fix))
+def _refused(where: str, what: str, fix: str) -> ConfigError:
+    return ConfigError(MilesError(what, where=where, fix=fix))

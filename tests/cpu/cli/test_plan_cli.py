@@ -102,6 +102,8 @@ def test_flags_of_train_are_taken_too(miles: Miles) -> None:
         (("qwen3-8b", "--precision", "fp7"), "bf16"),
         (("qwen3-8b", "--layout", "tp4+ep8"), "tp4,pp1"),
         (("qwen3-8b", "--hardware", "cpu"), "8xH100"),
+        (("qwen3-8b", "--hardware", "3xFOO"), "error: --hardware: unknown GPU 'FOO'"),
+        (("--profile", "quickstart"), "the model comes first"),
         (("qwen3-8b", "--no-such-flag"), "--no-such-flag"),
     ],
 )
