@@ -233,8 +233,8 @@ async def broadcast(
     """Through a process group of this process and the server."""
     sender = WeightSender(lambda: with_tied_head(weights), bucket_bytes, "cpu")
     meeting = sender.open("127.0.0.1", 2)
-    await asyncio.gather(sender.join(), engine.join_broadcast(meeting, 1))
     await engine.begin_broadcast(version)
+    await asyncio.gather(sender.join(), engine.join_broadcast(meeting, 1))
     last = False
     while not last:
         announced = await sender.next_bucket()
