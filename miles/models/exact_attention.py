@@ -31,11 +31,13 @@ from miles.arch.spec import AttentionSpec
 from miles.models.attention import chunk_rows, prompt_rows
 from miles.models.exact_sparse import Index, attend_to_choice
 from miles.models.exact_sums import (
+    KEY_BLOCK,
     QUERY_STEP,
     first_key,
     padded_keys,
     probabilities,
     scores_of,
+    weighted_blocks,
     weighted_values,
 )
 from miles.models.invariant import softmax
@@ -71,14 +73,13 @@ class ExactCachedAttention:
         cache, n, groups = self._cache, self.num_sequences, spec.num_heads // spec.num_kv_heads
         cache.write(layer, self._rows, k, v)
         first, mask = self._keys_seen(spec)
-        keys = cache.keys[layer, :n, :, first : self.num_keys].flatten(0, 1).float()
-        values = cache.values[layer, :n, :, first : self.num_keys].flatten(0, 1).float()
-        queries, p = self._buffers(groups, keys.shape[1])
-        torch.mul(q.float(), spec.head_dim**-0.5, out=queries.own.view(q.shape))
-        scores = scores_of(queries.read, keys, spec.softcap)
-        scores = scores.view(n, -1, queries.read.shape[1], keys.shape[1])
-        softmax(scores[:, :, :groups] + mask, out=p.own)
-        out = weighted_values(p.read, values)
+        work = self._workspace(groups, first)
+        keys, values = work.held(cache, layer)
+        torch.mul(q.float(), spec.head_dim**-0.5, out=work.queries)
+        scores = scores_of(work.queries_read, keys, spec.softcap)
+        torch.add(scores.view(work.scores_shape)[:, :, :groups], mask, out=work.p)
+        softmax(work.p, out=work.p)
+        out = weighted_blocks(work.p_read, values)
         return out[:, :groups].reshape(n, spec.query_width).to(q.dtype)
 
     def attend_sparse(
@@ -103,30 +104,63 @@ class ExactCachedAttention:
             self._seen[spec.extent] = first, mask[:, None, None]
         return self._seen[spec.extent]
 
-    def _buffers(self, groups: int, num_keys: int) -> tuple[_OverlappingRows, _OverlappingRows]:
-        """Queries and probabilities; all layers use the same, and the next steps as long as they fit."""
-        shape = (self.num_sequences, self._cache.num_kv_heads, groups)
-        least, device = self._min_queries, self._positions.device
+    def _workspace(self, groups: int, first: int) -> _Workspace:
+        """All layers use the same, and the next steps as long as it fits."""
+        rows = (self.num_sequences, self._cache.num_kv_heads, groups)
+        key = rows, slice(first, self.num_keys), self._min_queries
 
-        def make() -> tuple[_OverlappingRows, _OverlappingRows]:
-            queries = _OverlappingRows(shape, self._cache.head_dim, least, device)
-            return queries, _OverlappingRows(shape, num_keys, least, device)
+        def make() -> _Workspace:
+            return _Workspace(*key, self._cache.head_dim, self._positions.device)
 
-        return self._cache.workspace((shape, num_keys, least), make)
+        return self._cache.workspace(key, make)
 
 
-class _OverlappingRows:
-    """fp32 rows of G queries for each of B = n * Hkv products, written through `own` [n, Hkv, G, width], and
-    read as [B, M, width], M = max(G, least): the rows of a product and the next ones; behind the last stand
-    zeros."""
+class _Workspace:
+    """Queries and probabilities of one step over keys `seen`, and views of a cache that many steps share.
 
-    def __init__(self, shape: tuple[int, int, int], width: int, least: int, device: torch.device) -> None:
+    Both are fp32 rows of G queries for each of B = n * Hkv products, written through `queries` [n, H, d] and
+    `p` [n, Hkv, G, keys], and read as [B, M, width], M = max(G, least): the rows of a product and the next
+    ones; behind the last stand zeros. `p_read`: in blocks of keys.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], seen: slice, least: int, width: int, device: torch.device
+    ) -> None:
         n, kv_heads, groups = shape
-        rows, height = n * kv_heads * groups, max(groups, least)
-        held = torch.empty(rows + height - groups, width, device=device)
-        held[rows:].zero_()
-        self.own = held[:rows].view(*shape, width)
-        self.read = held.as_strided((n * kv_heads, height, width), (groups * width, width, 1))
+        self._num_sequences, self._seen = n, seen
+        num_keys, height = seen.stop - seen.start, max(groups, least)
+        queries, self.queries_read = _overlapping_rows(shape, width, height, device)
+        self.queries = queries.view(n, kv_heads * groups, width)
+        self.p, p_read = _overlapping_rows(shape, num_keys, height, device)
+        self.p_read = p_read.split(KEY_BLOCK, 2)
+        self.scores_shape = (n, kv_heads, height, num_keys)
+        self._held: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+
+    def held(self, cache: KVCache, layer: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Keys [B, keys, d] and blocks of values of a layer in fp32."""
+        if layer in self._held:
+            return self._held[layer]
+        keys, values = (
+            side[layer, : self._num_sequences, :, self._seen].flatten(0, 1)
+            for side in (cache.keys, cache.values)
+        )
+        held = keys.float(), values.float().split(KEY_BLOCK, 1)
+        if keys.dtype == torch.float32:
+            # Views: what the cache holds later is seen through them.
+            self._held[layer] = held
+        return held
+
+
+def _overlapping_rows(
+    shape: tuple[int, int, int], width: int, height: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Memory [n, Hkv, G, width], and the same with M = `height` rows of each product [n * Hkv, M, width]."""
+    n, kv_heads, groups = shape
+    rows = n * kv_heads * groups
+    held = torch.empty(rows + height - groups, width, device=device)
+    held[rows:].zero_()
+    read = held.as_strided((n * kv_heads, height, width), (groups * width, width, 1))
+    return held[:rows].view(*shape, width), read
 
 
 class ExactChunkAttention:

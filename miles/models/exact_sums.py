@@ -52,11 +52,12 @@ def probabilities(scores: Tensor, masked_from: int, mask: Tensor) -> Tensor:
 
 def weighted_values(p: Tensor, v: Tensor) -> Tensor:
     """p [B, M, S] @ v [B, S, d], block after block, all in fp32."""
-    num_keys = v.shape[1]
-    if num_keys <= KEY_BLOCK:
-        return bmm(p, v)
-    total = bmm(p[..., :KEY_BLOCK], v[:, :KEY_BLOCK])
-    for start in range(KEY_BLOCK, num_keys, KEY_BLOCK):
-        block = slice(start, start + KEY_BLOCK)
-        total += bmm(p[..., block], v[:, block])
+    return weighted_blocks(p.split(KEY_BLOCK, 2), v.split(KEY_BLOCK, 1))
+
+
+def weighted_blocks(p: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> Tensor:
+    """The same of blocks [B, M, KEY_BLOCK] and [B, KEY_BLOCK, d], the last of which may be shorter."""
+    total = bmm(p[0], v[0])
+    for p_block, v_block in zip(p[1:], v[1:], strict=True):
+        total += bmm(p_block, v_block)
     return total

@@ -25,14 +25,14 @@ class ExpertRows:
     Attributes:
         tokens: int64 [P], the token of each row; a row that fills up a group reads the first token.
         place: int64 [R], the row of each (token, slot).
-        ends: int32 [E], the row behind each group.
+        ends: int32 [E], the row behind each group; None where all have one `width`.
         cut: groups are computed in blocks of these sizes, each (expert, rows). None: each group at once.
         width: rows of every group where all have as many, to be computed by one batched product.
     """
 
     tokens: Tensor
     place: Tensor
-    ends: Tensor
+    ends: Tensor | None
     cut: list[tuple[int, int]] | None = None
     width: int | None = None
 
@@ -59,35 +59,35 @@ def filled_rows(ids: Tensor, num_experts: int, blocks: RowBlocks, multiply_adds:
     """
     expert = ids.flatten().cpu().numpy()
     counts = np.bincount(expert, minlength=num_experts)
-    width = blocks.batched_rows(int(counts.max(initial=0))) if multiply_adds else None
+    each: list[int] = counts.tolist()
+    width = blocks.batched_rows(max(each)) if multiply_adds else None
     added = 0 if width is None else num_experts * width - len(expert)
     if width is not None and added * multiply_adds <= num_experts * CALL_MULTIPLY_ADDS:
-        return _laid_out(ids, expert, counts, np.full(num_experts, width), width=width)
-    cuts = [blocks.cut(count) for count in counts.tolist()]
+        starts = np.arange(0, num_experts * width, width)
+        tokens, place = _laid_out(ids, expert, counts, starts, num_experts * width)
+        return ExpertRows(tokens, place, None, width=width)
+    cuts = [blocks.cut(count) for count in each]
     cut = [(expert, size) for expert, sizes in enumerate(cuts) for size in sizes]
-    return _laid_out(ids, expert, counts, np.array([sum(sizes) for sizes in cuts]), cut=cut)
+    filled = np.array([sum(sizes) for sizes in cuts])
+    ends = filled.cumsum()
+    tokens, place = _laid_out(ids, expert, counts, ends - filled, int(ends[-1]))
+    return ExpertRows(tokens, place, torch.from_numpy(ends.astype(np.int32)).to(ids.device), cut)
 
 
 def _laid_out(
-    ids: Tensor,
-    expert: np.ndarray,
-    counts: np.ndarray,
-    filled: np.ndarray,
-    cut: list[tuple[int, int]] | None = None,
-    width: int | None = None,
-) -> ExpertRows:
-    """The `counts` [E] pairs of each expert at the start of `filled` [E] rows; `expert` [R] of each pair."""
+    ids: Tensor, expert: np.ndarray, counts: np.ndarray, starts: np.ndarray, num_rows: int
+) -> tuple[Tensor, Tensor]:
+    """`tokens` and `place` where the `counts` [E] pairs of each expert begin at row `starts` [E]; `expert`
+    [R] is that of each pair. Decoding does this in every layer, where every call shows."""
     # Numbers of 16 bits are sorted by radix, seven times faster.
     order = expert.astype(np.int16).argsort(kind="stable")
-    ends = filled.cumsum()
     # A group moves by the rows with which those before it were filled up.
-    at = (ends - filled - counts.cumsum() + counts).repeat(counts)
-    at += np.arange(len(expert))
-    tokens = np.zeros(int(ends[-1]), np.int64)
+    at = (starts - counts.cumsum() + counts).repeat(counts)
+    at += np.arange(len(order))
+    tokens = np.zeros(num_rows, np.int64)
     tokens[at] = order // ids.shape[1]
     place = np.empty_like(order)
     place[order] = at
-    made = [torch.from_numpy(x) for x in (tokens, place, ends.astype(np.int32))]
-    if ids.device.type != "cpu":
-        made = [x.to(ids.device) for x in made]
-    return ExpertRows(made[0], made[1], made[2], cut, width)
+    if ids.device.type == "cpu":
+        return torch.from_numpy(tokens), torch.from_numpy(place)
+    return torch.from_numpy(tokens).to(ids.device), torch.from_numpy(place).to(ids.device)

@@ -90,6 +90,7 @@ def _group_by_expert(ids: Tensor, gate_up: Tensor, blocks: RowBlocks | None) -> 
 def _project(rows: Tensor, matrices: Tensor, layout: ExpertRows, blocks: RowBlocks | None) -> Tensor:
     """rows [P, A] of each group times its expert's [B, A]ᵀ -> [P, B]."""
     if blocks is None:
+        assert layout.ends is not None
         return grouped_mm(rows, matrices.transpose(1, 2), layout.ends)
     if layout.width is not None and blocks.dtype == rows.dtype == matrices.dtype:
         # On few rows every call that changes nothing would show.
@@ -99,7 +100,7 @@ def _project(rows: Tensor, matrices: Tensor, layout: ExpertRows, blocks: RowBloc
     if layout.width is not None:
         out = bmm(rows.unflatten(0, (-1, layout.width)), matrices_T).flatten(0, 1)
         return out.to(matrices.dtype)
-    assert layout.cut is not None
+    assert layout.cut is not None and layout.ends is not None
     if rows.device.type == "cpu" and all(size < blocks.sizes[-1] for _, size in layout.cut):
         # Every group is one block, and on a CPU grouped_mm is one `mm` per group.
         out = grouped_mm(rows, matrices_T, layout.ends)
@@ -140,6 +141,7 @@ class _RoutedExperts(torch.autograd.Function):
         rows: ExpertRows,
         kernels: ExpertKernels,
     ) -> Tensor:
+        assert rows.ends is not None
         total, projected = _forward(x, weights, gate_up, down, rows, kernels)
         ctx.save_for_backward(x, weights, gate_up, down, projected)
         ctx.rows, ctx.kernels = rows, kernels

@@ -13,8 +13,10 @@ breaks that on a CPU, and what each operation of `ExactNumerics` does about it:
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -264,7 +266,18 @@ class ExactNumerics:
         return norm.rms_norm(x, weight, eps, plus_one)
 
     def expert_kernels(self, gate_up: Tensor, down: Tensor) -> experts.ExpertKernels:
-        return experts.ExpertKernels(self._blocks(gate_up, down), self._activation, fused_sum=False)
+        # Asked for in every layer of every step: what follows from the shapes is kept.
+        key = gate_up.shape, down.shape, gate_up.dtype, gate_up.stride(-1)
+        kernels = self._kernels.get(key)
+        if kernels is None:
+            blocks = self._blocks(gate_up, down)
+            kernels = experts.ExpertKernels(blocks, self._activation, fused_sum=False)
+            self._kernels[key] = kernels
+        return kernels
+
+    @cached_property
+    def _kernels(self) -> dict[object, experts.ExpertKernels]:
+        return {}
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out = blocked_linear(x, weight, self.blocks[(weight.shape,), weight.dtype])
@@ -325,9 +338,18 @@ class ExactNumerics:
 
     def step_rows(self, count: int) -> int:
         """The fewest that every product takes without filling up; once for all products of a step."""
-        kinds = [blocks.alone for blocks in self.blocks.values()]
-        shared = (size for blocks in self.blocks.values() for size in blocks.sizes if size >= count)
-        return next((size for size in shared if all(size in alone for alone in kinds)), count)
+        known = len(self.blocks)
+        if known not in self._shared_rows:
+            kinds = [blocks.alone for blocks in self.blocks.values()]
+            self._shared_rows[known] = sorted(frozenset[int]().union(*kinds[:1]).intersection(*kinds))
+        shared = self._shared_rows[known]
+        at = bisect_left(shared, count)
+        return shared[at] if at < len(shared) else count
+
+    @cached_property
+    def _shared_rows(self) -> dict[int, list[int]]:
+        """Rows that all products take, by the number of products that were probed."""
+        return {}
 
     def tree_attention(self, cache: KVCache, nodes: TreeNodes) -> Attention:
         if nodes.is_chain:
