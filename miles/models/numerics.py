@@ -30,7 +30,7 @@ from miles.models.attention import Attention, CachedAttention, ChunkAttention, P
 from miles.models.exact_attention import ExactCachedAttention, ExactChunkAttention, ExactPackedAttention
 from miles.models.exact_prefix import ExactPrefixAttention
 from miles.models.exact_sums import KEY_BLOCK, padded_keys
-from miles.models.invariant import in_order
+from miles.models.invariant import in_order, softmax_of_rows
 from miles.models.kv_cache import KVCache
 from miles.models.logprob import scaled_log_softmax
 from miles.models.narrow import pays_widened, widened_linear
@@ -315,7 +315,7 @@ class ExactNumerics:
         logits = self.linear(x.float(), router.float())
         if scoring == "sigmoid":
             return torch.neg(logits).exp().add(1).reciprocal()
-        return torch.softmax(logits, -1)
+        return softmax_of_rows(logits)
 
     def log_softmax(self, logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         return scaled_log_softmax(logits, temperature)
