@@ -95,8 +95,9 @@ class Cli:
         try:
             return process.communicate(timeout=PATIENCE_S)
         except subprocess.TimeoutExpired:
+            standing = self.standing()
             process.kill()
-            raise AssertionError(f"{process.args} did not end: {process.communicate()}") from None
+            raise AssertionError(f"{process.args} did not end: {process.communicate()}\n{standing}") from None
 
     def kill_leftovers(self) -> None:
         for process in self._processes:
@@ -113,8 +114,20 @@ class Cli:
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert process.poll() is None, f"ended early: {process.communicate()}"
-            assert time.monotonic() < deadline, f"it did not happen within {PATIENCE_S:g} s"
+            assert time.monotonic() < deadline, f"not within {PATIENCE_S:g} s\n{self.standing()}"
             time.sleep(0.02)
+
+    def standing(self) -> str:
+        """How every run stands, and what its processes have said last."""
+        told = []
+        for run in sorted(path.parent for path in self.runs.glob("*/events")):
+            reader = RunReader(run)
+            phases = [(phase.writer, phase.name, phase.step) for phase in reader.history.open_phases()]
+            told.append(f"{run.name}: {reader.status()}, step {reader.history.last_step}, in {phases}")
+            for log in sorted((run / "logs").glob("*.log")):
+                last = log.read_text(errors="replace").splitlines()[-5:]
+                told += [f"{log.name}: {line}" for line in last]
+        return "\n".join(told)
 
 
 def copy_kernels(cache: Path, target: Path) -> None:

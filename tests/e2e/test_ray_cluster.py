@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +23,9 @@ from miles.rollout.sglang.server import free_ports
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).parents[2]
+BINARIES = Path(sys.executable).parent
+STARTS = 5
+"""Of a head, until the tests give up."""
 CPUS = 5
 LONG = (*SMALL, "--num-rollout", "400", "--save-interval", "400", "--skip-eval-before-train")
 
@@ -74,11 +79,9 @@ class Head:
 @pytest.fixture(scope="module")
 def head(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """One head for all tests of this module, ended by its own process."""
-    gcs, dashboard, client, agent = free_ports(4)
     runs, token = tmp_path_factory.mktemp("cluster-runs"), secrets.token_hex(24)
-    binaries = Path(sys.executable).parent
     environment = EVEN | {
-        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "PATH": f"{BINARIES}:{os.environ['PATH']}",
         "HOME": str(tmp_path_factory.mktemp("cluster-home")),
         "PYTHONPATH": str(REPOSITORY),
         "RAY_AUTH_MODE": "token",
@@ -90,11 +93,7 @@ def head(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "OMP_NUM_THREADS": "1",
     }
     options = {
-        "port": gcs,
         "dashboard-host": "127.0.0.1",
-        "dashboard-port": dashboard,
-        "ray-client-server-port": client,
-        "dashboard-agent-listen-port": agent,
         "min-worker-port": 0,
         "max-worker-port": 0,
         "num-cpus": CPUS,
@@ -102,38 +101,58 @@ def head(shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "object-store-memory": 200 << 20,
         "temp-dir": f"/tmp/mt-{os.getpid()}",
     }
-    command = [str(binaries / "ray"), "start", "--head", "--block"]
-    log = tmp_path_factory.mktemp("head") / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, *(f"--{name}={value}" for name, value in options.items())],
-            env=environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
+    with standing_head(environment, options, tmp_path_factory.mktemp("head") / "log") as (url, _):
+        yield Head(url, token, runs)
+
+
+@contextmanager
+def standing_head(
+    environment: Mapping[str, str], options: Mapping[str, object], log: Path
+) -> Iterator[tuple[str, str]]:
+    """A head that stands, until the block ends: its URL and the address that nodes join at.
+
+    Ray's client server, which nobody uses here, waits 30 s for the node; on a busy machine the head ends with
+    it, and is started again.
+    """
+    for _ in range(STARTS):
+        gcs, dashboard, client, agent = free_ports(4)
+        ports = {"port": gcs, "dashboard-port": dashboard, "ray-client-server-port": client}
+        words = [f"--{name}={value}" for name, value in {**options, **ports}.items()]
+        words.append(f"--dashboard-agent-listen-port={agent}")
+        with log.open("w") as out:
+            process = subprocess.Popen(
+                [str(BINARIES / "ray"), "start", "--head", "--block", *words],
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        url = f"http://127.0.0.1:{dashboard}"
         try:
-            wait_for_node(f"http://127.0.0.1:{dashboard}", token, process, log)
-            yield Head(f"http://127.0.0.1:{dashboard}", token, runs)
+            if stands(url, environment["RAY_AUTH_TOKEN"], client, process, log):
+                yield url, f"127.0.0.1:{gcs}"
+                return
         finally:
             process.terminate()
             process.wait(timeout=PATIENCE_S)
+    raise AssertionError(log.read_text())
 
 
-def wait_for_node(url: str, token: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def stands(url: str, token: str, client: int, process: subprocess.Popen[bytes], log: Path) -> bool:
+    """Wait until every server of a head listens; False: it ended."""
     from miles.errors import Unavailable
     from miles.planning.facts import cluster
 
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_AUTH_TOKEN", token)
     deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            cluster.read_cluster(url)
-            break
-        except Unavailable:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", token)
+        while process.poll() is None:
+            assert time.monotonic() < deadline, log.read_text()
+            with suppress(Unavailable, OSError):
+                cluster.read_cluster(url)
+                socket.create_connection(("127.0.0.1", client), PATIENCE_S).close()
+                return True
             time.sleep(0.3)
-    patch.undo()
+    return False
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from e2e_support import EVEN, PATIENCE_S, SMALL, Cli, metrics_of, summary_of
 from namespace import own_network
-from test_ray_cluster import REPOSITORY, wait_for_node
+from test_ray_cluster import REPOSITORY, standing_head
 
 from miles.errors import Unavailable
 from miles.record import RunReader
@@ -124,7 +124,6 @@ def nodes(shared_cache: Path, uninterrupted: Path, tmp_path: Path) -> Iterator[N
 
 
 def cluster_of_two(shared_cache: Path, tmp_path: Path) -> Iterator[Nodes]:
-    gcs, dashboard, client, agent = free_ports(4)
     token = secrets.token_hex(24)
     environment = EVEN | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -138,32 +137,26 @@ def cluster_of_two(shared_cache: Path, tmp_path: Path) -> Iterator[Nodes]:
         "MILES_CACHE_DIR": str(shared_cache),
         "OMP_NUM_THREADS": "1",
     }
-    cluster = Nodes(environment, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", tmp_path)
-    head = cluster.ray(
-        "head-log",
-        head=True,
-        port=gcs,
-        node_ip_address="127.0.0.1",
-        dashboard_host="127.0.0.1",
-        dashboard_port=dashboard,
-        ray_client_server_port=client,
-        dashboard_agent_listen_port=agent,
-        min_worker_port=0,
-        max_worker_port=0,
-        num_cpus=CPUS,
-        num_gpus=0,
-        object_store_memory=100 << 20,
-        temp_dir=f"/tmp/mn-{os.getpid()}",
-    )
-    try:
-        wait_for_node(cluster.url, token, head, tmp_path / "head-log")
-        cluster.join()
-        yield cluster
-    finally:
-        for process in (*cluster.others, head):
-            if process.poll() is None:
-                process.terminate()
-                process.wait(timeout=PATIENCE_S)
+    options = {
+        "node-ip-address": "127.0.0.1",
+        "dashboard-host": "127.0.0.1",
+        "min-worker-port": 0,
+        "max-worker-port": 0,
+        "num-cpus": CPUS,
+        "num-gpus": 0,
+        "object-store-memory": 100 << 20,
+        "temp-dir": f"/tmp/mn-{os.getpid()}",
+    }
+    with standing_head(environment, options, tmp_path / "head-log") as (url, gcs):
+        cluster = Nodes(environment, gcs, url, tmp_path)
+        try:
+            cluster.join()
+            yield cluster
+        finally:
+            for process in cluster.others:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait(timeout=PATIENCE_S)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e_support import SMALL
+from e2e_support import PATIENCE_S, SMALL
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,12 @@ def run(installed: Path, cache: Path, work: Path, *command: str) -> subprocess.C
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment = kept | {"PYTHONPATH": str(installed), "MILES_CACHE_DIR": str(cache)}
     return subprocess.run(
-        [sys.executable, *command], cwd=work, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *command],
+        cwd=work,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
 
 
