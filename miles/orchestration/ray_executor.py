@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from miles.data.sample import Sample
@@ -57,7 +58,7 @@ class RayExecutor:
         """Start the workers of an attempt, and put the run's books around them."""
         if not self._runtime.started:
             with record.phase("start_ray"):
-                self._runtime.start(job.plan)
+                self._runtime.start(job.plan, partial(_tell, record, observer))
             supervisor.listen_again()
         if self._nodes is None:
             from miles.orchestration.ray_nodes import NodeBook
@@ -288,16 +289,19 @@ class _Crew:
         """A worker was lost or replaced; where its whole node went, that is told first."""
         if kind == events.WORKER_DEAD:
             self.tell_lost_node(fields["worker"])
-        self._record.event(kind, **fields)
-        self._observer.on_event(kind, fields)
+        _tell(self._record, self._observer, kind, **fields)
 
     def tell_lost_node(self, worker: str) -> None:
         """Say so where a worker went with its whole machine."""
         gone = self._nodes.lost_with(worker)
         if gone is not None:
             told: dict[str, Any] = {"address": gone.address, "workers": list(gone.workers)}
-            self._record.event(events.NODE_LOST, **told)
-            self._observer.on_event(events.NODE_LOST, told)
+            _tell(self._record, self._observer, events.NODE_LOST, **told)
+
+
+def _tell(record: RecordWriter, observer: Observer, kind: str, **fields: Any) -> None:
+    record.event(kind, **fields)
+    observer.on_event(kind, fields)
 
 
 def _moves(side: bool | None, both: bool, colocated: bool) -> bool:

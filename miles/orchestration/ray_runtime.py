@@ -10,15 +10,20 @@ import psutil  # type: ignore[import-untyped]
 
 from miles.errors import Unavailable
 from miles.orchestration.ray_environment import load_ray, prepare_private_runtime
+from miles.orchestration.seats import Report
 from miles.planning import Plan
 from miles.planning.workers import WorkersPlan
+from miles.record import events
 
+STARTS = 3
+"""Times a private runtime is started. Ray gives its servers 30 s to come up, which a busy machine exceeds."""
 PLACEMENT_SECONDS = 60.0
 END_SECONDS = 15.0
 """How long the processes of a private runtime may take to end by themselves, before they are told to."""
 _MIB = 1 << 20
 _STORE_BYTES = 256 * _MIB
 """Object store beside weights: samples on their way."""
+_COMMON = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
 _VERSIONS_HELD = 3
 """Weight versions that the object store may hold at once: old, new, and one on its way out."""
 
@@ -35,14 +40,17 @@ class RayRuntime:
     def started(self) -> bool:
         return self._placement is not None
 
-    def start(self, plan: Plan) -> None:
-        """Connect and reserve room for every worker. Raises: Unavailable."""
+    def start(self, plan: Plan, report: Report) -> None:
+        """Connect and reserve room for every worker; a start that fails and is tried again is reported.
+
+        Raises: Unavailable.
+        """
         assert plan.workers is not None
         if not self._in_cluster:
             prepare_private_runtime()
         ray = load_ray()
         if not ray.is_initialized():
-            self._connect(ray, plan)
+            self._connect(ray, plan, report)
         self._placement = _reserve(ray, plan.workers)
 
     def place(self, bundle: int) -> Any:
@@ -61,39 +69,54 @@ class RayRuntime:
         if self._placement is not None and ray.is_initialized():
             remove_placement_group(self._placement)
         self._placement = None
+        self._end_private(ray)
+
+    def _connect(self, ray: Any, plan: Plan, report: Report) -> None:
+        for left in reversed(range(1 if self._in_cluster else STARTS)):
+            try:
+                if self._in_cluster:
+                    ray.init(address="auto", **_COMMON)
+                else:
+                    self._start_private(ray, plan)
+                return
+            except (
+                Exception
+            ) as error:  # Ray raises bare Exceptions of its own, for a slow start among others.
+                why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                if not left:
+                    raise Unavailable(
+                        "Ray did not start"
+                        if not self._in_cluster
+                        else "the job cannot reach its own cluster",
+                        why=why,
+                        fix="try again when the machine is less busy, or take --executor inline",
+                    ) from error
+                report(events.RESTART_FAILED, worker="Ray", reason=why, restarts_left=left)
+                self._end_private(ray)
+
+    def _start_private(self, ray: Any, plan: Plan) -> None:
+        # Short: the sockets inside must fit in the 107 bytes of a socket path.
+        self._temp_dir = tempfile.mkdtemp(prefix="miles-ray-", dir="/tmp")
+        ray.init(
+            address="local",
+            num_cpus=plan.workers.cpus if plan.workers else 1,
+            # Without a number Ray counts those of the machine.
+            num_gpus=None if plan.device == "cuda" else 0,
+            object_store_memory=_STORE_BYTES + _VERSIONS_HELD * _weight_bytes(plan),
+            include_dashboard=False,
+            # Each worker is started with the environment of the plan; others would only be thrown away.
+            _system_config={"prestart_worker_first_driver": False},
+            _temp_dir=self._temp_dir,
+            **_COMMON,
+        )
+
+    def _end_private(self, ray: Any) -> None:
         if self._temp_dir is not None:
             family = _family(self._temp_dir)
             ray.shutdown()
             _end(family)
             shutil.rmtree(self._temp_dir, ignore_errors=True)
             self._temp_dir = None
-
-    def _connect(self, ray: Any, plan: Plan) -> None:
-        common = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
-        try:
-            if self._in_cluster:
-                ray.init(address="auto", **common)
-                return
-            # Short: the sockets inside must fit in the 107 bytes of a socket path.
-            self._temp_dir = tempfile.mkdtemp(prefix="miles-ray-", dir="/tmp")
-            ray.init(
-                address="local",
-                num_cpus=plan.workers.cpus if plan.workers else 1,
-                # Without a number Ray counts those of the machine.
-                num_gpus=None if plan.device == "cuda" else 0,
-                object_store_memory=_STORE_BYTES + _VERSIONS_HELD * _weight_bytes(plan),
-                include_dashboard=False,
-                # Each worker is started with the environment of the plan; others would only be thrown away.
-                _system_config={"prestart_worker_first_driver": False},
-                _temp_dir=self._temp_dir,
-                **common,
-            )
-        except Exception as error:  # Ray raises bare Exceptions of its own, for a slow start among others.
-            raise Unavailable(
-                "Ray did not start" if not self._in_cluster else "the job cannot reach its own cluster",
-                why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-                fix="try again when the machine is less busy, or take --executor inline",
-            ) from error
 
 
 def _family(temp_dir: str) -> list[psutil.Process]:

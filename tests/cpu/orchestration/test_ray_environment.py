@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -11,7 +13,7 @@ import pytest
 from miles import environment
 from miles.errors import ExitCode, Unavailable
 from miles.orchestration.ray_environment import load_ray, prepare_client, prepare_private_runtime
-from miles.orchestration.ray_runtime import RayRuntime
+from miles.orchestration.ray_runtime import STARTS, RayRuntime
 from miles.planning import Plan
 
 VARIABLES = (
@@ -53,10 +55,54 @@ def test_a_client_sends_the_token_where_there_is_one(monkeypatch: pytest.MonkeyP
     assert environment.get("RAY_AUTH_MODE") == "token"
 
 
-def test_a_runtime_that_does_not_come_up_is_unavailable_not_a_defect() -> None:
-    def init(**_: object) -> None:
-        raise Exception("The current node timed out during startup.")
+class SlowRay:
+    """Ray on a machine that is too busy for its first `failures` starts."""
 
+    def __init__(self, failures: int) -> None:
+        self._failures = failures
+        self.homes: list[str] = []
+        self.calls: list[str] = []
+
+    def init(self, address: str, _temp_dir: str = "", **_: object) -> None:
+        self.calls.append(f"init {address}")
+        self.homes.append(_temp_dir)
+        if len(self.homes) <= self._failures:
+            raise Exception("The current node timed out during startup. More of it.\nAnd more.")
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+
+PLAN = cast(
+    Plan, SimpleNamespace(workers=None, device="cpu", dtype="fp32", model=SimpleNamespace(parameters=1))
+)
+
+
+def test_a_job_that_cannot_reach_its_cluster_is_unavailable_not_a_defect() -> None:
     with pytest.raises(Unavailable, match="cannot reach its own cluster") as caught:
-        RayRuntime(in_cluster=True)._connect(SimpleNamespace(init=init), cast(Plan, None))
+        RayRuntime(in_cluster=True)._connect(SlowRay(1), PLAN, unheard)
     assert "timed out" in caught.value.why
+
+
+def test_a_private_runtime_that_does_not_come_up_is_ended_and_started_anew() -> None:
+    ray, told = SlowRay(2), []
+    RayRuntime(in_cluster=False)._connect(ray, PLAN, lambda kind, **fields: told.append((kind, fields)))
+    assert ray.calls == ["init local", "shutdown", "init local", "shutdown", "init local"]
+    assert [(kind, fields["restarts_left"]) for kind, fields in told] == [
+        ("restart_failed", 2),
+        ("restart_failed", 1),
+    ]
+    assert [Path(home).exists() for home in ray.homes] == [False, False, True]
+    shutil.rmtree(ray.homes[-1])
+
+
+def test_a_private_runtime_that_never_comes_up_is_unavailable() -> None:
+    runtime, ray = RayRuntime(in_cluster=False), SlowRay(STARTS)
+    with pytest.raises(Unavailable, match="Ray did not start"):
+        runtime._connect(ray, PLAN, lambda *_, **__: None)
+    runtime._end_private(ray)
+    assert not any(Path(home).exists() for home in ray.homes)
+
+
+def unheard(kind: str, **fields: object) -> None:
+    raise AssertionError((kind, fields))
