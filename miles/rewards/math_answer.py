@@ -121,9 +121,10 @@ def _read_line(descriptor: int, timeout_s: float) -> bytes:
     """One line from a pipe, empty when the other side has closed it."""
     deadline = time.monotonic() + timeout_s
     line = b""
+    readable = select.poll()  # select() takes no descriptor above 1,023
+    readable.register(descriptor, select.POLLIN)
     while not line.endswith(b"\n"):
-        ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
+        if not readable.poll(1000 * max(0.0, deadline - time.monotonic())):
             raise WorkerTimeout
         chunk = os.read(descriptor, 65536)
         if not chunk:

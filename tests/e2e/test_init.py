@@ -55,7 +55,7 @@ class Terminal:
         raw = b""
         while text not in self.seen:
             assert time.monotonic() < deadline, f"no {text!r} in {self.seen[-2000:]!r}"
-            if not select.select([self.master], [], [], 1.0)[0]:
+            if not self._readable(1.0):
                 continue
             try:
                 raw += os.read(self.master, 65536)
@@ -63,6 +63,11 @@ class Terminal:
                 assert text in self.seen, f"ended before {text!r}: {self.seen[-2000:]!r}"
             self.seen = ESCAPES.sub(b"", raw).decode(errors="replace")
         self.seen = ""
+
+    def _readable(self, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(self.master, select.POLLIN)
+        return bool(poll.poll(1000 * seconds))
 
     def press(self, keys: str) -> None:
         os.write(self.master, keys.encode())
@@ -72,7 +77,7 @@ class Terminal:
         deadline = time.monotonic() + PATIENCE_S
         while self.process.poll() is None:
             assert time.monotonic() < deadline, "it did not end"
-            if select.select([self.master], [], [], 0.2)[0]:
+            if self._readable(0.2):
                 try:
                     os.read(self.master, 65536)
                 except OSError:

@@ -77,6 +77,9 @@ def _log_probs(decoder: Decoder, source: Source) -> Tensor:
 
 
 def _numbers(source: Source) -> Iterator[tuple[str, Tensor]]:
-    for name, weight in source.weights.items():
-        parts = {part: source.reader.read(entry) for part, entry in weight.parts.items()}
-        yield name, as_numbers(weight, parts, torch.float32)
+    try:
+        for name, weight in source.weights.items():
+            parts = {part: source.reader.read(entry) for part, entry in weight.parts.items()}
+            yield name, as_numbers(weight, parts, torch.float32)
+    finally:
+        source.reader.close()

@@ -141,6 +141,7 @@ class _Work:
                     pool.shutdown(cancel_futures=True)
                     raise
         finally:
+            self._plan.source.reader.close()
             self._written.close()
             for file in files.values():
                 file.close()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
+import resource
 import subprocess
 import sys
 import threading
@@ -95,6 +98,26 @@ def test_an_endless_answer_is_a_timeout_and_the_next_one_is_judged() -> None:
         assert time.monotonic() - started < 300
     finally:
         verifier.close()
+
+
+def test_it_works_beside_any_number_of_open_files() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < 2048:
+        pytest.skip("this machine allows fewer files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 2048), limits[1]))
+    read, write = os.pipe()
+    high = fcntl.fcntl(read, fcntl.F_DUPFD, 1024)
+    try:
+        os.write(write, b"a line\n")
+        assert math_answer._read_line(high, timeout_s=60) == b"a line\n"
+        with pytest.raises(math_answer.WorkerTimeout):
+            math_answer._read_line(high, timeout_s=0.01)
+        os.close(write)
+        assert math_answer._read_line(high, timeout_s=60) == b""
+    finally:
+        os.close(read)
+        os.close(high)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_child_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,14 @@ from miles.planning.formats import QUANTISED as PLANNED
 from miles.planning.formats import Format, bytes_per_weight
 from miles.precision import nvfp4
 from miles.precision.weight_format import dequantised, quantised
-from miles.weights.convert import Wanted, convert, open_source, plan_conversion, strips
+from miles.weights.convert import (
+    Wanted,
+    check_of_logits,
+    convert,
+    open_source,
+    plan_conversion,
+    strips,
+)
 from miles.weights.convert.moves import move
 from miles.weights.convert.shards import form_bytes
 from miles.weights.hf import read_hf
@@ -165,6 +173,13 @@ def test_files_are_cut_where_they_are_full_and_every_byte_is_accounted_for(
         told = manifest["source"]["files"][path.name]
         assert told["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert all(torch.equal(tensor.float(), exact[name]) for name, tensor in read_hf(tmp_path / "target"))
+
+
+def test_no_file_stays_open_afterwards(base: Path, tmp_path: Path) -> None:
+    plan = plan_conversion(open_source(base), tmp_path / "target", Wanted(NumberFormat("fp8")))
+    convert(plan, check=check_of_logits(plan))
+    held = {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+    assert not {path for path in held if path.startswith((str(base), str(tmp_path)))}
 
 
 def test_results_do_not_depend_on_the_number_of_workers(base: Path, tmp_path: Path) -> None:
