@@ -99,6 +99,14 @@ class Cli:
             process.kill()
             raise AssertionError(f"{process.args} did not end: {process.communicate()}\n{standing}") from None
 
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        """`kill -9`; whatever it had started ends as well."""
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        left = psutil.wait_procs(started, timeout=PATIENCE_S)[1]
+        assert not left, f"outlived it: {left}"
+
     def kill_leftovers(self) -> None:
         for process in self._processes:
             if process.poll() is None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-
 import preloaded
-import psutil  # type: ignore[import-untyped]
 import pytest
-from e2e_support import NAMING_A_CHECKPOINT, PATIENCE_S, Cli, metrics_of
+from e2e_support import NAMING_A_CHECKPOINT, Cli, metrics_of
 
 from miles.orchestration.checkpoints import CheckpointStore
 from miles.record import RunReader
@@ -35,11 +32,7 @@ def test_a_run_killed_while_its_checkpoint_is_on_its_way_resumes_exactly(cli: Cl
 
     process = cli.start_until(preloaded.Pause(*NAMING_A_CHECKPOINT, call=2), *ARGUMENTS)
     assert len(list(cli.only_run().glob("checkpoints/.partial-step-000004-*"))) == 1
-    helpers = psutil.Process(process.pid).children(recursive=True)
-    assert helpers, "the results are held by a process of its own"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not psutil.wait_procs(helpers, timeout=PATIENCE_S)[1]
+    cli.kill(process)
     store = CheckpointStore(cli.only_run() / "checkpoints")
     assert store.latest_step() == 2 and store.load_state(store.at_step(2)).step == 2
     resumed = cli("runs", "resume", str(cli.only_run()))

@@ -46,13 +46,11 @@ def test_a_run_killed_resumes_with_the_same_critic(backend: str, cli: Cli) -> No
     rows = metrics_of(straight)
     assert "train/loss" not in rows[4] and "train/loss" in rows[5]
     first = cli.start_until(Pause(*RECORDING_A_STEP, call=4), "train", *words)
-    first.kill()
-    first.wait()
+    cli.kill(first)
     again = ("runs", "resume", str(cli.only_run()))
     second = cli.start_until(Pause(*RECORDING_A_STEP, call=5), *again)
     assert RunReader(cli.only_run()).history.last_step == 7
-    second.kill()
-    second.wait()
+    cli.kill(second)
     done = cli(*again)
     assert done.returncode == 0, done.stderr
     assert metrics_of(cli.only_run()) == rows

@@ -6,15 +6,11 @@ before, those in host memory are shared with it until the trainer changes them.
 
 from __future__ import annotations
 
-import os
-from multiprocessing import get_context
-from multiprocessing.managers import SyncManager
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
 from miles.errors import CheckpointError
-from miles.training.megatron.orphan import end_with
 from miles.training.megatron.torch_dist import dist_checkpointing
 
 
@@ -25,7 +21,6 @@ class BackgroundSave:
         dist_checkpointing()
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
-        _tie_results_to_this_process()
         self._queue = AsyncCallsQueue()
 
     def start(self, request: Any) -> None:
@@ -47,16 +42,6 @@ class BackgroundSave:
                 fix="free space, then go on from the checkpoint before it: miles runs resume",
             ) from error
         return self._queue.get_num_unfinalized_calls() == 0
-
-
-def _tie_results_to_this_process() -> None:
-    """The process that holds megatron-core's queue of results would outlive a trainer that is killed."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=get_context("spawn"))
-        manager.start(end_with, (os.getpid(),))
-        filesystem_async._results_queue = manager.Queue()
 
 
 def _first_line(error: CheckpointException) -> str:

@@ -23,6 +23,7 @@ from miles.errors import CheckpointError
 from miles.training.megatron import cpu
 from miles.training.megatron.groups import open_groups
 from miles.training.megatron.layout import MegatronLayout, require_expressible
+from miles.training.megatron.results_queue import results_queue
 from miles.training.settings import TrainerSettings
 from miles.weights.atomic import staged_directory
 from miles.weights.hf import TORCH_DTYPES, copy_companions, read_hf, write_hf
@@ -115,8 +116,11 @@ def _sharded(modules: list[Any]) -> dict[str, Any]:
 def dist_checkpointing() -> Any:
     """megatron-core's module, whose parts are imported late and must find a machine without CUDA too."""
     module = importlib.import_module("megatron.core.dist_checkpointing")
-    for part in ("torch", "filesystem_async", "async_utils", "common"):
-        importlib.import_module(f"megatron.core.dist_checkpointing.strategies.{part}")
+    parts = "megatron.core.dist_checkpointing.strategies"
+    for part in ("torch", "async_utils", "common"):
+        importlib.import_module(f"{parts}.{part}")
+    writer: Any = importlib.import_module(f"{parts}.filesystem_async")
+    writer._get_write_results_queue = results_queue
     cpu.install()
     return module
 
