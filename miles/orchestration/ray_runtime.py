@@ -79,18 +79,13 @@ class RayRuntime:
                 else:
                     self._start_private(ray, plan)
                 return
-            except (
-                Exception
-            ) as error:  # Ray raises bare Exceptions of its own, for a slow start among others.
+            # Ray raises bare Exceptions of its own, for a slow start among others.
+            except Exception as error:
                 why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 if not left:
-                    raise Unavailable(
-                        "Ray did not start"
-                        if not self._in_cluster
-                        else "the job cannot reach its own cluster",
-                        why=why,
-                        fix="try again when the machine is less busy, or take --executor inline",
-                    ) from error
+                    what = "the job cannot reach its own cluster" if self._in_cluster else "Ray did not start"
+                    fix = "try again when the machine is less busy, or take --executor inline"
+                    raise Unavailable(what, why=why, fix=fix) from error
                 report(events.RESTART_FAILED, worker="Ray", reason=why, restarts_left=left)
                 self._end_private(ray)
 

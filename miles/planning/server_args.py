@@ -34,7 +34,7 @@ def plan_server_args(
         "enable_metrics": True,
     }
     if reads_text:
-        # Its warm-up is an English sentence, for which not every vocabulary has symbols..
+        # Its warm-up is an English sentence, for which not every vocabulary has symbols.
         args["skip_server_warmup"] = True
     if replay:
         args["enable_return_routed_experts"] = True

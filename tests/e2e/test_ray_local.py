@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 import pytest
-from e2e_support import PATIENCE_S, RECORDING_A_STEP, SAMPLING, SMALL, Cli, metrics_of, summary_of
+from e2e_support import RECORDING_A_STEP, SAMPLING, SMALL, Cli, metrics_of, summary_of
 from preloaded import Pause
 
 from miles.record import RunReader
@@ -64,8 +64,12 @@ def runtime_directory(family: list[psutil.Process]) -> Path:
 
 def assert_ended(family: list[psutil.Process]) -> None:
     """None runs any more. Whoever collects what is left of them may come to it a moment later."""
-    _, alive = psutil.wait_procs(family, PATIENCE_S)
-    assert not alive
+    running = []
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            if member.is_running() and member.status() != psutil.STATUS_ZOMBIE:
+                running.append(member)
+    assert not running
 
 
 def test_the_metrics_are_those_of_the_inline_run_and_nothing_is_left_behind(

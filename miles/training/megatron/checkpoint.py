@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from miles.arch import ArchSpec, load_spec
-from miles.errors import CheckpointError
 from miles.training.megatron.optimizer import MOMENTS, MasterAdam
 from miles.training.megatron.tensors import MegatronTensors, OfParameter
 from miles.training.native.checkpoint import (
@@ -32,6 +31,7 @@ from miles.training.native.checkpoint import (
     OPTIMIZER_DIR,
     STATE_FILE,
     read_state,
+    require_optimizer,
 )
 from miles.training.native.state import CriticProgress, TrainerState
 from miles.weights.hf import TORCH_DTYPES, read_hf, write_hf
@@ -183,13 +183,7 @@ def _load_optimizer(
 ) -> None:
     """`held`: the model whose moments the files hold, of which those of `kept` go into `known`."""
     optimizer_dir = directory / OPTIMIZER_DIR
-    if not optimizer_dir.is_dir():
-        raise CheckpointError(
-            "the checkpoint holds no optimizer state",
-            where=str(optimizer_dir),
-            why="it was saved with checkpoint.no_save_optim",
-            fix="start a new run from its model directory instead of resuming",
-        )
+    require_optimizer(optimizer_dir)
     for name, of in tensors.optimizer_state().items():
         path = optimizer_dir / f"{name}.safetensors"
         with tensors.optimizer.loading():

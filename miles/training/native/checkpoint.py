@@ -182,6 +182,16 @@ def _load_critic(
 
 def _load_optimizer(directory: Path, tensors: TrainerTensors, saved: ArchSpec, with_draft: bool) -> None:
     """`saved`: the model whose moments the files hold."""
+    require_optimizer(directory)
+    spec = tensors.spec if with_draft else tensors.spec.policy
+    for name, native in tensors.optimizer_state(with_draft).items():
+        path = directory / f"{name}.safetensors"
+        items = without_spare_mtp(saved, spec, read_tensors(path))
+        tensors.layout.load(spec, native, items, where=str(path))
+
+
+def require_optimizer(directory: Path) -> None:
+    """Raises CheckpointError for a checkpoint whose optimizer's part is not there."""
     if not directory.is_dir():
         raise CheckpointError(
             "the checkpoint holds no optimizer state",
@@ -189,11 +199,6 @@ def _load_optimizer(directory: Path, tensors: TrainerTensors, saved: ArchSpec, w
             why="it was saved with checkpoint.no_save_optim",
             fix="start a new run from its model directory instead of resuming",
         )
-    spec = tensors.spec if with_draft else tensors.spec.policy
-    for name, native in tensors.optimizer_state(with_draft).items():
-        path = directory / f"{name}.safetensors"
-        items = without_spare_mtp(saved, spec, read_tensors(path))
-        tensors.layout.load(spec, native, items, where=str(path))
 
 
 def read_state(path: Path) -> TrainerState:
